@@ -1,0 +1,3 @@
+"""memlm: train and study memory-layer language models."""
+
+__version__ = "0.1.0"

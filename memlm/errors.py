@@ -1,0 +1,48 @@
+"""Errors that a user can mend: the command line prints them as one line, without a traceback."""
+
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Base of all errors caused by a config, a data set, a checkpoint or a command line."""
+
+
+class ConfigError(UserError):
+    """A value in the configuration is out of range or contradicts another one.
+
+    Args:
+        key: The YAML key at fault, dotted, e.g. ``model.memory.reads``.
+        message: What was found and what was expected, with both values.
+    """
+
+    def __init__(self, key: str, message: str) -> None:
+        self.key = key
+        super().__init__(f"{key}: {message}")
+
+
+class DataError(UserError):
+    """A file is missing, unreadable or malformed.
+
+    Args:
+        path: The file at fault.
+        message: What was found and what was expected.
+        line: The 1-based line of the file, where there is one.
+    """
+
+    def __init__(self, path: str | Path, message: str, line: int | None = None) -> None:
+        self.path = str(path)
+        self.line = line
+        super().__init__(f"{path}:{line}: {message}" if line is not None else f"{path}: {message}")
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, unreadable, or does not fit the model or the data.
+
+    Args:
+        path: The checkpoint file at fault.
+        message: What was found and what was expected.
+    """
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{path}: {message}")
