@@ -1,0 +1,10 @@
+"""Data modules: sources of token batches for training and evaluation.
+
+To add one, write a subclass of `LanguageDataModule` into a file of this directory and name it in a YAML by
+its class path.
+"""
+
+from data_modules.base import LanguageDataModule
+from data_modules.synthetic_facts import SyntheticFacts
+
+__all__ = ["LanguageDataModule", "SyntheticFacts"]

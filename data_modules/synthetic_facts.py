@@ -1,0 +1,330 @@
+"""Made-up biographies that measure how many facts a model has memorised, and nothing else.
+
+Every person has a name of made-up words and several attributes, each with a value drawn uniformly at random,
+so no fact can be guessed from another. A training document is one person's biography: one sentence for each
+attribute, in random order and each in a random phrasing, drawn afresh in every epoch::
+
+    <|eos|> Kovali Rumedo was born in Tasifu . the employer of Kovali Rumedo is Benolu . ...
+
+For each fact some phrasings are held out: never trained for this fact, though other people's facts use them.
+Every phrasing ends in the value, so a prompt is the sentence up to it and the answer is one word:
+
+- ``recall`` (group 0): trained facts in a held-out phrasing. It can only be right if the fact itself was
+  stored, as this sentence never occurred.
+- ``recall_seen_phrasing`` (group 1): the same facts in a trained phrasing; the excess over ``recall`` was
+  memorised as strings.
+- ``recall_control`` (group 2): facts about people who are never trained. Their names are made of the words
+  in other people's names and their values come from the same lists, so anything above chance would be a
+  fault of the measurement.
+
+Chance level is 1 / ``values``; answering each attribute with its most common value gets
+`SyntheticFacts.majority_baseline` (0.013 with 5,000 people and 100 values).
+
+``val/loss`` is over the sentences of group 0. With ``loss_on: all`` it includes the words of the name, which
+cannot be predicted and dominate it; with ``loss_on: answers`` it is the loss of the value alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from numpy.typing import NDArray
+
+from data_modules.base import Batch, Cursor, LanguageDataModule
+from data_modules.facts import NOTHING, Facts
+from data_modules.hashed_random import draw, hashed, permutation
+from data_modules.packing import IGNORED, Packing, as_batch
+from memlm.errors import ConfigError
+
+
+class Biographies:
+    """Training batches of `SyntheticFacts`: an endless sequence of biographies, numbered from 0.
+
+    With packing ``documents`` the cursor is the number of rows, i.e. of documents, given so far. With
+    ``concatenate`` it is (number of the document that holds the next row's first token) x
+    (tokens of the longest document) + (offset of that token in it).
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        occurrences: NDArray[np.int64],
+        length: int,
+        batch_size: int,
+        packing: Packing,
+        answers_only: bool,
+        confine_attention: bool,
+    ) -> None:
+        self.facts = facts
+        self.occurrences = occurrences  # the person of each document of an epoch, before shuffling
+        self.length, self.batch_size, self.packing = length, batch_size, packing
+        self.answers_only, self.confine_attention = answers_only, confine_attention
+        self.longest = 1 + int(facts.sentence_lengths.max(axis=1).sum())
+        self.shortest = 1 + int(facts.sentence_lengths.min(axis=1).sum())
+        self._order: tuple[int, NDArray[np.int64]] = (-1, occurrences)
+
+    def documents(self, numbers: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Tokens of the documents of these (ascending) numbers, int32 [n, L], with gaps of `NOTHING`."""
+        facts = self.facts
+        epoch, index = np.divmod(numbers, len(self.occurrences))
+        person = np.concatenate([self._people(int(e), index[epoch == e]) for e in np.unique(epoch)])
+        epoch, index, person = epoch[:, None], index[:, None], person[:, None]
+        slots = np.arange(facts.attributes)
+        attribute = np.argsort(hashed(facts.seed, 10, epoch, index, slots), axis=1)
+        choice = draw(facts.trained.shape[2], facts.seed, 11, epoch, index, slots)
+        sentences = facts.sentences(person, attribute, facts.trained[person, attribute, choice])
+        start = np.full((len(numbers), 1), facts.tokenizer.eos_id, dtype=np.int32)
+        return np.concatenate([start, sentences.reshape(len(numbers), -1)], axis=1)
+
+    def _people(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            order = permutation(len(self.occurrences), self.facts.seed, 12, epoch)
+            self._order = (epoch, self.occurrences[order])
+        return self._order[1][index]
+
+    def batches(self, cursor: Cursor, world: int, rank: int) -> Iterator[Batch]:
+        assert isinstance(cursor, int)
+        while True:
+            if self.packing == "documents":
+                rows, lengths, cursor = self._separate_rows(cursor, world, rank)
+            else:
+                rows, lengths, cursor = self._joined_rows(cursor, world, rank)
+            tokens, targets = rows[:, :-1], rows[:, 1:]
+            counted = np.arange(self.length) < lengths[:, None]
+            if self.answers_only:
+                counted &= self.facts.is_value(targets)
+            targets = np.where(counted, targets, IGNORED)
+            yield as_batch(tokens, targets, self.facts.tokenizer.eos_id, self.confine_attention) | {
+                "cursor": cursor
+            }
+
+    def _separate_rows(
+        self, cursor: int, world: int, rank: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """Rows [B, T + 1] of one document each, the number of targets in each, and the next cursor."""
+        documents = self.documents(cursor + rank + world * np.arange(self.batch_size))
+        valid = documents != NOTHING
+        column = np.cumsum(valid, axis=1) - 1
+        rows = np.full((self.batch_size, self.length + 1), self.facts.tokenizer.eos_id, dtype=np.int64)
+        rows[np.nonzero(valid)[0], column[valid]] = documents[valid]
+        return rows, column[:, -1] + 1, cursor + world * self.batch_size
+
+    def _joined_rows(
+        self, cursor: int, world: int, rank: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+        """The same for rows cut from the stream of all documents, every target of which counts."""
+        first, offset = divmod(cursor, self.longest)
+        end = offset + world * self.batch_size * self.length
+        documents = self.documents(first + np.arange(end // self.shortest + 1))
+        valid = documents != NOTHING
+        stream = documents[valid].astype(np.int64)
+        starts = offset + self.length * (rank + world * np.arange(self.batch_size))
+        ends = np.cumsum(valid.sum(axis=1))
+        last = int(np.searchsorted(ends, end, side="right"))  # the document that holds stream[end]
+        after = (first + last) * self.longest + end - (int(ends[last - 1]) if last else 0)
+        rows = stream[starts[:, None] + np.arange(self.length + 1)]
+        return rows, np.full(self.batch_size, self.length), after
+
+
+class Prompts:
+    """Evaluation batches of `SyntheticFacts`: sentences, one a row, with the groups evenly mixed."""
+
+    def __init__(
+        self, facts: Facts, count: int | None, length: int, rows: int, answers_only: bool, confine: bool
+    ) -> None:
+        self.facts, self.length, self.rows = facts, length, rows
+        self.answers_only, self.confine_attention = answers_only, confine
+        trained = self._some_facts(0, facts.people, count)
+        control = self._some_facts(facts.people, facts.control, count)
+        # Person, attribute, phrasing, group; and where each row stands, so that every batch has all groups.
+        table, place = [], []
+        for group, (fact, phrasings) in enumerate(
+            [(trained, facts.held_out), (trained, facts.trained), (control, facts.held_out)]
+        ):
+            person, attribute = np.divmod(fact, facts.attributes)
+            phrasing = phrasings[person, attribute, 0]
+            table.append(np.stack([person, attribute, phrasing, np.full_like(fact, group)], axis=1))
+            place.append((np.arange(len(fact)) + 0.5) / max(len(fact), 1))
+        self.table = np.concatenate(table)[np.argsort(np.concatenate(place), kind="stable")]
+
+    def _some_facts(self, first: int, people: int, count: int | None) -> NDArray[np.int64]:
+        order = permutation(people * self.facts.attributes, self.facts.seed, 13, first)
+        return first * self.facts.attributes + order[:count]
+
+    def batches(self, cursor: Cursor, world: int, rank: int) -> Iterator[Batch]:
+        padding = -len(self.table) % world
+        table = np.concatenate([self.table, np.tile([[0, 0, 0, -1]], (padding, 1))])[rank::world]
+        eos = self.facts.tokenizer.eos_id
+        for start in range(0, len(table), self.rows):
+            person, attribute, phrasing, group = table[start : start + self.rows].T
+            sentence = self.facts.sentences(person, attribute, phrasing).astype(np.int64)
+            tokens = np.full((len(person), self.length), eos)
+            tokens[:, 1:] = np.where(sentence == NOTHING, eos, sentence)[:, :-1]
+            is_value = self.facts.is_value(sentence)
+            counted = is_value if self.answers_only else sentence != NOTHING
+            targets = np.where(counted & (group == 0)[:, None], sentence, IGNORED)
+            answers = np.where(is_value & (group >= 0)[:, None], sentence, IGNORED)
+            batch = as_batch(tokens, targets, eos, self.confine_attention)
+            yield batch | {"answers": torch.from_numpy(answers), "group": torch.from_numpy(group.copy())}
+
+
+class SyntheticFacts(LanguageDataModule):
+    """Biographies of made-up people, to measure how many facts a model memorises.
+
+    The tokenizer has one token for each word and is built with the data; nothing is read or downloaded.
+    Evaluation batches hold about as many tokens as training batches.
+
+    Args:
+        people: People whose facts are trained.
+        attributes: Facts about each person, 1 to 8: birthplace, employer, profession, university, language,
+            instrument, dish, dog.
+        values: Values an attribute can take; chance level of recall is 1 / values.
+        phrasings: Phrasings of each attribute, 2 to 5.
+        held_out_phrasings: Phrasings of each fact that are never trained for it, 1 to phrasings - 1.
+        control: People whose facts are never trained, in any phrasing.
+        name_words: Words (tokens) of a name, 2 or 3.
+        name_vocabulary: Different words at each position of a name.
+        exposures_per_epoch: How often a person's biography occurs in an epoch. With several numbers people
+            take them in turn, for instance [1, 2, 4] to see how recall depends on exposures.
+        sequence_length: Tokens in a training row. By default the longest biography.
+        batch_size: Sequences per step on each device.
+        packing: 'documents' puts one biography in each row and pads it, 'concatenate' cuts the stream of all
+            biographies into rows without padding.
+        loss_on: 'all' trains on every token, 'answers' on the values only.
+        confine_attention: Whether attention is confined to the documents of a row.
+        evaluation_facts: Facts in each group that validation looks at; a fixed random choice.
+        test_facts: The same for test and predict. By default all.
+        seed: Chooses names, values, held-out phrasings and the order of training.
+
+    Raises:
+        ConfigError: A number is out of range, or ``sequence_length`` is too short for a biography.
+    """
+
+    def __init__(
+        self,
+        people: int = 5000,
+        attributes: int = 4,
+        values: int = 100,
+        phrasings: int = 4,
+        held_out_phrasings: int = 1,
+        control: int = 250,
+        name_words: int = 3,
+        name_vocabulary: int = 200,
+        exposures_per_epoch: list[int] = [1],  # noqa: B006 (a tuple would read worse in a YAML)
+        sequence_length: int | None = None,
+        batch_size: int = 128,
+        packing: Packing = "documents",
+        loss_on: Literal["all", "answers"] = "all",
+        confine_attention: bool = False,
+        evaluation_facts: int = 1000,
+        test_facts: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not exposures_per_epoch or min(exposures_per_epoch) < 1:
+            raise ConfigError(
+                "data.exposures_per_epoch", f"is {exposures_per_epoch}; expected numbers of at least 1"
+            )
+        for key, count in {"evaluation_facts": evaluation_facts, "test_facts": test_facts}.items():
+            if count is not None and count < 1:
+                raise ConfigError(f"data.{key}", f"is {count}; expected at least 1")
+        self.facts = Facts(
+            people,
+            control,
+            attributes,
+            values,
+            phrasings,
+            held_out_phrasings,
+            name_words,
+            name_vocabulary,
+            seed,
+        )
+        self.exposures_per_epoch = list(exposures_per_epoch)
+        self.packing, self.loss_on, self.confine_attention = packing, loss_on, confine_attention
+        self.evaluation_facts, self.test_facts = evaluation_facts, test_facts
+        lengths = self.facts.sentence_lengths
+        longest = 1 + int(lengths.max(axis=1).sum())
+        if sequence_length is None:
+            sequence_length = longest
+        if packing == "documents" and sequence_length < longest:
+            raise ConfigError(
+                "data.sequence_length",
+                f"is {sequence_length}; the longest biography needs {longest} tokens (or set data.packing to "
+                "concatenate)",
+            )
+        super().__init__(self.facts.tokenizer, sequence_length, batch_size)
+
+    def start(self) -> int:
+        return 0
+
+    def fingerprint(self) -> str:
+        facts = self.facts
+        meaning = [facts.people, facts.control, facts.attributes, facts.values, facts.phrasings]
+        meaning += [facts.held_out_phrasings, facts.name_words, facts.name_vocabulary, facts.seed]
+        return hashlib.sha256(
+            json.dumps([meaning, self.exposures_per_epoch, self.packing]).encode()
+        ).hexdigest()
+
+    @property
+    def chance(self) -> float:
+        """Recall of guessing: 1 / values."""
+        return 1 / self.facts.values
+
+    @property
+    def majority_baseline(self) -> float:
+        """Recall of answering each attribute with its most common value."""
+        return self.facts.majority_baseline
+
+    def exposures(self, steps: int) -> list[float]:
+        """How often a fact is trained within that many steps, for each entry of ``exposures_per_epoch``.
+
+        An expectation with packing ``concatenate``, where a row holds no whole number of documents.
+        """
+        source = self.training_source()
+        rows = steps * self.batch_size * self.world[0]
+        mean_length = 1 + float(self.facts.sentence_lengths.mean(axis=1).sum())
+        documents = rows if self.packing == "documents" else rows * self.sequence_length / mean_length
+        return [documents / len(source.occurrences) * times for times in self.exposures_per_epoch]
+
+    def setup(self, stage: str) -> None:
+        """Report what there is to learn and how often it will be seen."""
+        if stage != "fit":
+            return
+        facts = self.facts
+        steps = self.trainer.max_steps if self.trainer else -1
+        seen = ""
+        if steps > 0:
+            times = " / ".join(f"{count:.1f}" for count in self.exposures(steps))
+            seen = f"{times} exposures of each by step {steps:,}; "
+        rank_zero_info(
+            f"SyntheticFacts: {facts.people * facts.attributes:,} trained facts ({facts.people:,} people x "
+            f"{facts.attributes}), {facts.control * facts.attributes:,} control facts; {seen}recall by "
+            f"chance {self.chance:.3f}, by the most common value {self.majority_baseline:.3f}"
+        )
+
+    def training_source(self) -> Biographies:
+        people = np.arange(self.facts.people)
+        times = np.array(self.exposures_per_epoch)[people % len(self.exposures_per_epoch)]
+        return Biographies(
+            self.facts,
+            np.repeat(people, times),
+            self.sequence_length,
+            self.batch_size,
+            self.packing,
+            self.loss_on == "answers",
+            self.confine_attention,
+        )
+
+    def evaluation_source(self, test: bool) -> Prompts:
+        length = int(self.facts.sentence_lengths.max())
+        return Prompts(
+            self.facts,
+            self.test_facts if test else self.evaluation_facts,
+            length,
+            self.batch_size * max(1, self.sequence_length // length),
+            self.loss_on == "answers",
+            self.confine_attention,
+        )
