@@ -1,0 +1,100 @@
+"""Checkpoints of a run: ``last.ckpt``, renewed at every validation and at the end, and ``best.ckpt``."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class Checkpoints(Checkpoint):
+    """Writes ``last.ckpt``, and ``best.ckpt`` when the validation loss is the lowest so far.
+
+    Lightning's ModelCheckpoint renews ``last.ckpt`` only when the monitored metric is among the best, writes
+    every best checkpoint twice, and writes nothing when no validation ran. Here each state is written once;
+    ``best.ckpt`` is a second name of the same file.
+
+    Args:
+        directory: Folder of the checkpoints.
+        monitor: Metric whose lowest value makes a checkpoint the best.
+    """
+
+    def __init__(self, directory: str | Path, monitor: str = "val/loss") -> None:
+        self.directory = Path(directory)
+        self.monitor = monitor
+        self.best_score: float | None = None
+        self._saved_step: int | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Nothing is new before the first step, whether the run starts or continues.
+        self._saved_step = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self._active(trainer):
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        best = score is not None and (self.best_score is None or float(score) < self.best_score)
+        if best:
+            assert score is not None
+            self.best_score = float(score)
+        self._save(trainer, best)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Validation at the last step has saved the same state already. Saving it again from here would be
+        # wrong, too: Lightning's step count for loggers would then be one too high after a resume.
+        if self._active(trainer) and self._saved_step != trainer.global_step:
+            self._save(trainer, best=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A run that continues another run's checkpoint in a new directory has no best checkpoint of its own
+        # yet.
+        if (self.directory / "best.ckpt").exists():
+            self.best_score = state_dict["best_score"]
+
+    def _active(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _save(self, trainer: Trainer, best: bool) -> None:
+        self._saved_step = trainer.global_step
+        last = self.directory / "last.ckpt"
+        trainer.save_checkpoint(last, weights_only=False)  # all of it, not the weights alone
+        if best and trainer.is_global_zero:
+            _second_name(last, self.directory / "best.ckpt")
+        trainer.strategy.barrier("Checkpoints")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final name, then renames it: a kill leaves the previous one whole.
+
+    Lightning's own way serialises into memory first (a second copy of a large table of values and moments)
+    and moves the file over from the system's temporary folder, which between file systems is not atomic.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+
+
+def _second_name(source: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    if source.is_dir():  # a sharded checkpoint
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        return
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)

@@ -1,0 +1,184 @@
+"""The files that describe a run: config.yaml, environment.json, model.json, test.json, predictions.jsonl."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from memlm.run_directory import RunFiles, describe_environment, now, write_json, write_text
+
+
+class RunDirectory(Callback):
+    """Claims the run directory once the data is read, writes what describes the run, keeps its clock.
+
+    Training seconds are those from the first batch on without validation and what follows it until the next
+    batch (checkpoints, samples); both clocks are part of the checkpoint, so that they continue over a resume.
+
+    Args:
+        files: The run directory; for test and predict that of the checkpoint.
+        config: The resolved configuration, as YAML text.
+        arguments: The words after ``memlm``.
+        fresh: Whether the run must be the first in its directory.
+        source: What the weights come from: ``checkpoint`` (its path), ``step``, ``tokens``; empty for a fresh
+            run.
+    """
+
+    def __init__(
+        self,
+        files: RunFiles,
+        config: str = "",
+        arguments: list[str] | None = None,
+        fresh: bool = True,
+        source: dict[str, Any] | None = None,
+    ) -> None:
+        self.files = files
+        self.config = config
+        self.arguments = arguments or []
+        self.fresh = fresh
+        self.source = source or {}
+        self.train_seconds = 0.0
+        self.validation_seconds = 0.0
+        self._environment: dict[str, Any] = {}
+        self._training_since: float | None = None
+        self._validating_since: float | None = None
+        self._predictions: TextIO | None = None
+
+    # -- fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Lightning calls this after the data module's setup: a missing file leaves no directory behind.
+        if stage != "fit" or not self._writes(trainer):
+            return
+        self.files.claim(self.fresh)
+        write_text(self.files.config, self.config)
+        self._environment = describe_environment(self.arguments)
+        if self.source:
+            self._environment["resumed_from"] = self.source
+        if self.files.environment.exists():
+            previous = json.loads(self.files.environment.read_text(encoding="utf-8"))
+            self._environment["earlier"] = [*previous.pop("earlier", []), previous]
+        write_json(self.files.environment, self._environment)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        description = describe_model(trainer, pl_module)
+        print(summary(description))
+        if self._writes(trainer):
+            write_json(self.files.model, description)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._training_since is None:
+            self._training_since = time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_training_clock()
+        self._validating_since = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._validating_since is not None:
+            self.validation_seconds += time.perf_counter() - self._validating_since
+            self._validating_since = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_training_clock()
+        self._finish(trainer, pl_module, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop_training_clock()
+        self._finish(trainer, pl_module, f"stopped by {type(exception).__name__}")
+        if self._predictions is not None:
+            self._predictions.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._stop_training_clock()
+        return {"train_seconds": self.train_seconds, "validation_seconds": self.validation_seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds = state_dict["train_seconds"]
+        self.validation_seconds = state_dict["validation_seconds"]
+
+    # -- test and predict
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._writes(trainer):
+            return
+        metrics = {key: _number(value) for key, value in sorted(trainer.callback_metrics.items())}
+        write_json(self.files.test, metrics | self.source)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._writes(trainer):
+            self._predictions = self._unfinished().open("w", encoding="utf-8")
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._predictions is not None:
+            self._predictions.writelines(json.dumps(record) + "\n" for record in outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._predictions is not None:
+            self._predictions.close()
+            os.replace(self._unfinished(), self.files.predictions)
+
+    # -- helpers
+
+    def _writes(self, trainer: Trainer) -> bool:
+        return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+    def _unfinished(self) -> Path:
+        return self.files.predictions.with_name(f".{self.files.predictions.name}.tmp")
+
+    def _stop_training_clock(self) -> None:
+        if self._training_since is not None:
+            self.train_seconds += time.perf_counter() - self._training_since
+            self._training_since = None
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, ended: str) -> None:
+        if not self._environment:  # not a fit, or it failed before the directory was ours
+            return
+        self._environment |= {
+            "ended": now(),
+            "outcome": ended,
+            "steps": trainer.global_step,
+            "tokens": getattr(pl_module, "tokens_seen", None),
+            "train_seconds": round(self.train_seconds, 3),
+            "validation_seconds": round(self.validation_seconds, 3),
+        }
+        write_json(self.files.environment, self._environment)
+
+
+def describe_model(trainer: Trainer, model: Any) -> dict[str, Any]:
+    """What model.json holds: parameters, FLOPs and bytes per token, and the architecture."""
+    sequence_length = trainer.datamodule.sequence_length  # type: ignore[attr-defined]
+    return {
+        "sequence_length": sequence_length,
+        **model.counts(sequence_length).as_dict(),
+        "architecture": model.architecture(),
+    }
+
+
+def summary(description: dict[str, Any]) -> str:
+    """One line on a model, of :func:`describe_model`."""
+    name = description["architecture"]["class_path"].rsplit(".", 1)[-1]
+    return (
+        f"{name}: {description['total']:,} parameters, {description['active']:,} active per token, "
+        f"{description['memory']:,} in memory values; {description['flops_per_token']:,} forward FLOPs and "
+        f"{description['values_read_per_token']:,} values read per token"
+    )
+
+
+def _number(value: Any) -> float:
+    return value.item() if isinstance(value, torch.Tensor) else float(value)

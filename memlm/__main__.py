@@ -1,0 +1,128 @@
+"""The ``memlm`` command: a table of verbs, answered by the standard library alone until a verb is chosen."""
+
+import importlib
+import os
+import sys
+from typing import NamedTuple
+
+from memlm import __version__
+from memlm.errors import UserError
+
+
+class Verb(NamedTuple):
+    """One word after ``memlm``.
+
+    Attributes:
+        name: The word.
+        help: One line for ``memlm --help``.
+        target: ``module:function``; imported only when the verb is used, called with the remaining arguments.
+    """
+
+    name: str
+    help: str
+    target: str
+
+
+VERBS = (
+    Verb("fit", "train a model: memlm fit --config configs/quickstart.yaml", "memlm.cli:fit"),
+    Verb("validate", "run the validation set of a config on a checkpoint", "memlm.cli:validate"),
+    Verb("test", "run the test set of a config on a checkpoint and write test.json", "memlm.cli:test"),
+    Verb("predict", "write the model's answers to predictions.jsonl", "memlm.cli:predict"),
+    Verb("compare", "print one table of several runs and draw their curves", "memlm.compare:main"),
+    Verb(
+        "tokenizer",
+        "train a byte-level BPE tokenizer on text files",
+        "data_modules.tokenizer_training:main",
+    ),
+    Verb(
+        "completion",
+        'print a bash completion script: eval "$(memlm completion)"',
+        "memlm.__main__:completion",
+    ),
+)
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def usage() -> str:
+    """The text of ``memlm --help``."""
+    width = max(len(verb.name) for verb in VERBS)
+    verbs = "\n".join(f"  {verb.name:<{width}}  {verb.help}" for verb in VERBS)
+    return (
+        "usage: memlm VERB [options]\n\n"
+        f"Train and study memory-layer language models (memlm {__version__}).\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "Every verb has its own help: memlm VERB --help.\n"
+        "Options of a class: memlm fit --model.help memlm.MemoryLM, memlm fit --data.help SyntheticFacts.\n"
+        "Errors are printed as one line; MEMLM_TRACEBACK=1 shows where they come from.\n"
+    )
+
+
+def completion(arguments: list[str]) -> int:
+    """Prints a bash completion script: verbs first, then the common options, files otherwise."""
+    if arguments:
+        return _fail(f"memlm completion takes no arguments, got {' '.join(arguments)}")
+    verbs = " ".join(verb.name for verb in VERBS)
+    options = (
+        "--config --ckpt_path --print_config --help --run.name --trainer.max_steps --model.help --data.help"
+    )
+    print(
+        "_memlm() {\n"
+        '  local word="${COMP_WORDS[COMP_CWORD]}"\n'
+        f'  local verbs="{verbs} --help --version"\n'
+        '  if [ "$COMP_CWORD" -eq 1 ]; then COMPREPLY=($(compgen -W "$verbs" -- "$word"))\n'
+        f'  elif [[ "$word" == -* ]]; then COMPREPLY=($(compgen -W "{options}" -- "$word")); fi\n'
+        "}\n"
+        "complete -o default -F _memlm memlm"
+    )
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+        argv: The words after ``memlm``; those of the process by default.
+
+    Returns:
+        The exit code: 0; 2 after an error that the user can mend, which is printed as one line; 130 after
+        Ctrl-C.
+
+    Raises:
+        Exception: Any error that is not the user's, with its traceback.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if argv[0] in ("-V", "--version"):
+        print(f"memlm {__version__}")
+        return 0
+    verb = next((verb for verb in VERBS if verb.name == argv[0]), None)
+    if verb is None:
+        return _fail(f"unknown verb {argv[0]!r}; the verbs are {', '.join(verb.name for verb in VERBS)}")
+    try:
+        module, function = verb.target.split(":")
+        return getattr(importlib.import_module(module), function)(argv[1:]) or 0
+    except KeyboardInterrupt:
+        print("memlm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if os.environ.get("MEMLM_TRACEBACK") == "1" or not _is_users(error):
+            raise
+        return _fail(str(error))
+
+
+def _is_users(error: Exception) -> bool:
+    # Lightning's own complaint about contradicting Trainer arguments; by name, for it may not be imported.
+    return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+
+
+def _fail(message: str) -> int:
+    print(f"memlm: error: {' '.join(message.split())}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

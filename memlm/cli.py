@@ -1,0 +1,263 @@
+"""The verbs fit, validate, test and predict: LightningCLI with run directories and a resume policy."""
+
+import importlib
+import pkgutil
+import signal
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+import callbacks
+import data_modules
+from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from callbacks.random_state import RandomState
+from callbacks.run_directory import RunDirectory
+from data_modules.base import LanguageDataModule
+from memlm.errors import ConfigError, UserError
+from memlm.language_models import LanguageModel
+from memlm.loggers import MetricsLogger, TensorBoard
+from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
+from memlm.run_directory import RunConfig, RunFiles
+from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
+
+# Help of an option is the docstring below its attribute.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class UsageError(UserError):
+    """The command line or a config file does not parse; the message comes from the parser."""
+
+
+class Parser(LightningArgumentParser):
+    """Argument parser that reports an error as one line instead of a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise UsageError(message) from ex
+
+
+class CommandLine(LightningCLI):
+    """Parses, instantiates and runs one verb.
+
+    Args:
+        verb: fit, validate, test or predict.
+        arguments: The words after the verb.
+    """
+
+    def __init__(self, verb: str, arguments: list[str]) -> None:
+        self.verb = verb
+        self.arguments = arguments
+        self.checkpoint: Path | None = None
+        self.checkpoint_content: dict[str, Any] = {}
+        super().__init__(
+            LanguageModel,
+            LanguageDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=None,  # RunDirectory writes it: it knows when the directory is ours
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": "memlm"},
+            args=[verb, *arguments],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,  # no hyper_parameters: the checkpoint holds its architecture
+        )
+
+    # -- parsing
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the verb at hand: a parser takes a tenth of a second to build."""
+        return {self.verb: LightningCLI.subcommands()[self.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(RunConfig, "run")
+        parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+        # Without defaults: what a config file or a flag has set.
+        self.explicit = parser.parse_args(args, defaults=False)[self.verb]
+
+    def _parse_ckpt_path(self) -> None:
+        """Resolves the run and its checkpoint. Lightning's own would let hyper-parameters beat the flags."""
+        config = self.config[self.verb]
+        config_files = [str(path) for path in config.config or []]
+        self.run = RunFiles.of_run(config.run, config_files)
+        config.run.name = str(self.run.directory.relative_to(config.run.root))
+        self.files = self.run
+        if config.weights_only is None:
+            config.weights_only = True
+        if config.ckpt_path is None:
+            if self.verb != "fit":
+                raise ConfigError(
+                    "ckpt_path", f"is needed: memlm {self.verb} --ckpt_path last (or best, or a .ckpt file)"
+                )
+            return
+        self.checkpoint = resolve_checkpoint(str(config.ckpt_path), self.run)
+        self.checkpoint_content = read_checkpoint(self.checkpoint, config.weights_only)
+        config.ckpt_path = str(self.checkpoint)
+        if self.verb != "fit":
+            self.files = RunFiles.of_checkpoint(self.checkpoint)
+        overrides = architecture_overrides(
+            self.checkpoint_content["architecture"],
+            config.model.as_dict(),
+            self.explicit.model.as_dict() if "model" in self.explicit else {},
+            self.checkpoint,
+        )
+        model = {"class_path": config.model.class_path, "init_args": overrides}
+        self.config = self.parser.parse_object({self.verb: {"model": model}}, self.config)
+
+    # -- building
+
+    @property
+    def fresh(self) -> bool:
+        """Whether this fit starts a run, rather than continuing the one in its directory."""
+        return self.checkpoint is None or not self.run.owns(self.checkpoint)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.verb]
+        if self.verb == "fit":
+            check_fit(config.trainer, self.checkpoint, self.checkpoint_content.get("global_step", 0))
+            # Only the main process asks: others start when it has claimed the directory already.
+            if self.fresh and not config.trainer.fast_dev_run and _is_main_process():
+                self.run.check_free()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        if self.checkpoint is not None:
+            check_architecture(
+                self.model.architecture(), self.checkpoint_content["architecture"], self.checkpoint
+            )
+        config = self.config_init[self.verb].trainer
+        command = [self.verb, *self.arguments]
+        permanent: list[Callback] = [
+            RunDirectory(self.files, self.resolved_config(), command, self.fresh, self.source()),
+            RandomState(),
+        ]
+        if config.enable_checkpointing is not False:
+            permanent.append(Checkpoints(self.files.checkpoints))
+        optional = config.callbacks or []
+        kwargs["callbacks"] = permanent + (optional if isinstance(optional, list) else [optional])
+        kwargs["logger"] = self._loggers(config.logger)
+        if config.default_root_dir is None:
+            kwargs["default_root_dir"] = str(self.run.directory)
+        trainer = super().instantiate_trainer(**kwargs)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+    def resolved_config(self) -> str:
+        """The configuration as YAML that reproduces it, without the checkpoint it happened to start from."""
+        config = self.config[self.verb].clone()
+        for key in ("config", "ckpt_path", "weights_only"):
+            config.pop(key, None)
+        return self._parser(self.verb).dump(config, skip_none=False, skip_validation=True)
+
+    def source(self) -> dict[str, Any]:
+        """Where the weights come from; empty for initial ones."""
+        if self.checkpoint is None:
+            return {}
+        return {
+            "checkpoint": str(self.checkpoint),
+            "step": self.checkpoint_content["global_step"],
+            "tokens": self.checkpoint_content.get("tokens_seen"),
+        }
+
+    def _loggers(self, chosen: Any) -> Any:
+        # Evaluation does not log: its rows would land at step 0 of the run's files.
+        if self.verb != "fit" or chosen is False:
+            return False
+        resumed = None if self.fresh else self.checkpoint_content["global_step"]
+        metrics = MetricsLogger(self.run.metrics, resumed)
+        if chosen is None or chosen is True:
+            return [metrics, TensorBoard(self.run.directory, resumed)]
+        return [metrics, *(chosen if isinstance(chosen, list) else [chosen])]
+
+    # -- running
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "predict":
+            kwargs["return_predictions"] = False  # they go to a file
+        return kwargs
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self.checkpoint_content = {}  # release the file
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            # Lightning turns Ctrl-C into exit(1), and leaves further ones ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from None
+
+    @rank_zero_only
+    def after_fit(self) -> None:
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        directory = self.run.directory
+        config = f"--config {self.run.config}"
+        print(
+            f"\nRun files: {directory}/ (config.yaml, metrics.csv, model.json, environment.json,"
+            " checkpoints/)\n"
+            f"  measure it:        memlm test {config} --ckpt_path last\n"
+            f"  continue it:       memlm fit {config} --ckpt_path last --trainer.max_steps N\n"
+            f"  beside other runs: memlm compare {directory} OTHER_RUN\n"
+            f"  curves:            tensorboard --logdir {directory.parent}"
+        )
+
+    @rank_zero_only
+    def after_test(self) -> None:
+        print(f"Written to {self.files.test}")
+
+    @rank_zero_only
+    def after_predict(self) -> None:
+        print(f"Written to {self.files.predictions}")
+
+
+def fit(arguments: list[str]) -> None:
+    """``memlm fit``."""
+    _run("fit", arguments)
+
+
+def validate(arguments: list[str]) -> None:
+    """``memlm validate``."""
+    _run("validate", arguments)
+
+
+def test(arguments: list[str]) -> None:
+    """``memlm test``."""
+    _run("test", arguments)
+
+
+def predict(arguments: list[str]) -> None:
+    """``memlm predict``."""
+    _run("predict", arguments)
+
+
+def _run(verb: str, arguments: list[str]) -> None:
+    quiet()
+    _import_all(data_modules)
+    _import_all(callbacks)
+    CommandLine(verb, arguments)
+
+
+def _is_main_process() -> bool:
+    return rank_zero_only.rank == 0  # type: ignore[attr-defined]
+
+
+def _import_all(package: Any) -> None:
+    """Imports every module of a package: YAML can then name a class in any of them by its bare name."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:
+            warnings.warn(f"{module.name} is not available: {error}", stacklevel=1)
