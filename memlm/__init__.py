@@ -1,3 +1,18 @@
 """memlm: train and study memory-layer language models."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memlm.language_models import DenseLM, LanguageModel, MemoryLM
+
 __version__ = "0.1.0"
+__all__ = ["DenseLM", "LanguageModel", "MemoryLM"]
+
+
+def __getattr__(name: str) -> Any:
+    # `memlm --help` must not wait seconds for torch and lightning to be imported.
+    if name in __all__:
+        from memlm import language_models
+
+        return getattr(language_models, name)
+    raise AttributeError(f"module 'memlm' has no attribute {name!r}")

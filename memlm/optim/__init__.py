@@ -1,0 +1,8 @@
+"""One optimizer, its parameter groups, schedules and clipping."""
+
+from memlm.optim.clipping import clip_gradients
+from memlm.optim.memory_adamw import MemoryAdamW
+from memlm.optim.parameter_groups import assign
+from memlm.optim.schedule import Schedule, ScheduleConfig
+
+__all__ = ["MemoryAdamW", "Schedule", "ScheduleConfig", "assign", "clip_gradients"]

@@ -1,0 +1,331 @@
+"""The LightningModules: one base, and a thin subclass for each architecture."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch.nn.functional as F
+from torch import Tensor
+
+from memlm.errors import CheckpointError, ConfigError
+from memlm.flops import Counts, count
+from memlm.memory import MemoryConfig, MemoryPool
+from memlm.metrics import IGNORED, FactRecall, TokenLoss
+from memlm.optim import MemoryAdamW, Schedule, ScheduleConfig, assign, clip_gradients
+from memlm.transformer import Transformer, TransformerConfig
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW of the dense parameters. Gradients are clipped to trainer.gradient_clip_val."""
+
+    learning_rate: float = 1e-3
+    """Base learning rate; the schedule multiplies it."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the linear maps; norms, biases, embeddings and half keys have none."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule, over trainer.max_steps."""
+
+
+@dataclass
+class ValuesOptimizerConfig:
+    """AdamW of the value rows: a row moves only in a step that reads it."""
+
+    learning_rate: float = 1e-2
+    """Base learning rate. The paper's code uses ten times the dense rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the moments, for each step in which the row is read."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of a row, in the steps that read it."""
+    clip: float | None = 1.0
+    """Largest norm of the row gradients, apart from the dense ones; null clips nothing."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule, over trainer.max_steps."""
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token training, evaluation and optimisation, for any transformer.
+
+    Args:
+        vocab_size: Entries of the tokenizer.
+        transformer: The decoder's options.
+        memory: The memory layers' options, None for none.
+        optimizer: The dense parameters' optimiser.
+        values_optimizer: The value rows' optimiser.
+        compile: Whether to run the transformer under ``torch.compile``.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        transformer: TransformerConfig,
+        memory: MemoryConfig | None,
+        optimizer: OptimizerConfig,
+        values_optimizer: ValuesOptimizerConfig | None,
+        compile: bool,
+    ) -> None:
+        super().__init__()
+        self._configs: dict[str, Any] = {"transformer": transformer} | ({"memory": memory} if memory else {})
+        self._optimizers = {"dense": optimizer, "values": values_optimizer}
+        for key, config in (("optimizer", optimizer), ("values_optimizer", values_optimizer)):
+            if config is not None:
+                _check_optimizer(f"model.{key}", config)
+        self._compile = compile
+        self.vocab_size = vocab_size
+        self.transformer = Transformer(vocab_size, transformer, memory)
+        self.tokens_seen = 0
+        """Positions trained on so far, over all ranks, padding included."""
+        self.losses: dict[str, TokenLoss] = {}
+        self.recalls: dict[str, FactRecall] = {}
+
+    # -- what it is
+
+    @property
+    def pools(self) -> dict[str, MemoryPool]:
+        """The model's pools by name; empty for a dense model."""
+        return {name: cast(MemoryPool, pool) for name, pool in self.transformer.pools.items()}
+
+    def architecture(self) -> dict[str, Any]:
+        """Everything that decides the parameters' names and shapes, as plain values."""
+        sections = {name: asdict(config) for name, config in self._configs.items()}
+        return {"class_path": f"memlm.{type(self).__name__}", "vocab_size": self.vocab_size, **sections}
+
+    def counts(self, sequence_length: int) -> Counts:
+        """Parameters, and FLOPs and bytes a token, at ``sequence_length`` tokens."""
+        return count(self.transformer, sequence_length)
+
+    # -- training
+
+    def setup(self, stage: str) -> None:
+        """Check what only the Trainer knows; prepare the metrics."""
+        if self.pools and stage == "fit":
+            self._check_trainer()
+        data = getattr(self.trainer, "datamodule", None)
+        token_bytes = data.tokenizer.token_bytes if data is not None else None
+        for name in ("val", "test"):
+            self.losses[name] = TokenLoss(token_bytes).to(self.device)
+            self.recalls[name] = FactRecall().to(self.device)
+        if self._compile:
+            self.transformer.compile()
+
+    def _check_trainer(self) -> None:
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "trainer.devices",
+                f"gives {self.trainer.world_size} processes; the rows of a memory pool are exchanged between "
+                "processes only by memory parallelism, which does not exist yet. Train on one device",
+            )
+        if str(self.trainer.precision).startswith("16"):
+            raise ConfigError(
+                "trainer.precision",
+                f"is {self.trainer.precision}; a loss scale does not reach the row gradients. "
+                "Use 32-true or bf16-mixed",
+            )
+        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ConfigError("trainer.gradient_clip_algorithm", "must be norm: row gradients know no other")
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, vocab]`` of tokens ``[B, T]``."""
+        return self.transformer(tokens, documents)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean next-token loss of the batch's counted targets (nats)."""
+        logits = self(batch["tokens"], batch.get("documents"))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
+        self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/tokens", float(self.tokens_seen))
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """One MemoryAdamW over all groups, its schedule stepped every optimizer step."""
+        groups, schedules = [], []
+        for name, parameters in assign(self.transformer.named_parameters()).items():
+            kind = "values" if name == "values" else "dense"
+            options = self._optimizers[kind]
+            assert options is not None, f"no optimizer options for {kind}"
+            groups.append(
+                {
+                    "params": parameters,
+                    "name": name,
+                    "kind": "memory" if kind == "values" else "dense",
+                    "lr": options.learning_rate,
+                    "betas": tuple(options.betas),
+                    "eps": options.eps,
+                    "weight_decay": 0.0 if name == "no_decay" else options.weight_decay,
+                    "clip": getattr(options, "clip", None),
+                }
+            )
+            schedules.append(options.schedule)
+        row_gradients = {pool.values: pool.gradient for pool in self.pools.values()}
+        optimizer = MemoryAdamW(groups, row_gradients)
+        # Not trainer.estimated_stepping_batches: it builds the loaders, and stateful ones then miss
+        # their restored state (Lightning #20550).
+        if self.trainer.max_steps < 1:
+            raise ConfigError("trainer.max_steps", "must be given: training streams have no end")
+        schedule = Schedule(optimizer, schedules, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip dense gradients and row gradients apart; log their norms before clipping."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for name, norm in clip_gradients(inner, gradient_clip_val).items():
+            self.log(f"train/gradient_norm_{name}", norm)
+
+    # -- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        logits = self(batch["tokens"], batch.get("documents"))
+        self.losses[stage].update(logits, batch["targets"])
+        if "answers" in batch:
+            self.recalls[stage].update(logits, batch["answers"], batch["group"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for metric in (self.losses[stage], self.recalls[stage]):
+            for name, value in metric.compute().items():
+                # The metric has reduced over ranks already.
+                self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "recall"), rank_zero_only=False)
+            metric.reset()
+        if stage == "val":
+            self.log("train/tokens", float(self.tokens_seen))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """For every row of an evaluation batch: the prompt, the right answer and the greedy one."""
+        if "answers" not in batch:
+            raise ConfigError("data", "has no questions to predict answers for; memlm predict needs facts")
+        best = self(batch["tokens"], batch.get("documents")).argmax(-1)
+        decode = self.trainer.datamodule.tokenizer.decode  # type: ignore[attr-defined]
+        records = []
+        for tokens, answers, predicted, group in zip(
+            batch["tokens"], batch["answers"], best, batch["group"], strict=True
+        ):
+            asked = answers != IGNORED
+            first = int(asked.nonzero()[0])
+            records.append(
+                {
+                    "prompt": decode(tokens[: first + 1].tolist()),
+                    "answer": decode(answers[asked].tolist()),
+                    "predicted": decode(predicted[asked].tolist()),
+                    "recalled": bool((predicted == answers)[asked].all()),
+                    "group": int(group),
+                }
+            )
+        return records
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the architecture and the tokens seen."""
+        checkpoint["architecture"] = self.architecture()
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or vocabulary; restore the tokens seen."""
+        where = str(getattr(self.trainer, "ckpt_path", None) or "checkpoint")
+        saved = checkpoint.get("architecture")
+        if saved is None:
+            raise CheckpointError(where, "holds no architecture: it was not written by memlm")
+        for key, message in _differences(saved, self.architecture()):
+            raise CheckpointError(where, f"does not fit the model: {key} {message}")
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+
+class DenseLM(LanguageModel):
+    """A dense Llama-style transformer.
+
+    Args:
+        vocab_size: Entries of the tokenizer; linked to the data's.
+        transformer: The decoder's options.
+        optimizer: The optimiser's options.
+        compile: Whether to run the transformer under torch.compile.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        transformer: TransformerConfig = TransformerConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__(vocab_size, transformer, None, optimizer, None, compile)
+
+
+class MemoryLM(LanguageModel):
+    """A transformer in which memory layers replace some feed-forward networks.
+
+    Memory Layers at Scale (arXiv 2412.09764): Memory and Memory+.
+
+    Args:
+        vocab_size: Entries of the tokenizer; linked to the data's.
+        transformer: The decoder's options.
+        memory: The memory layers' options.
+        optimizer: The dense parameters' optimiser.
+        values_optimizer: The value rows' optimiser.
+        compile: Whether to run the transformer under torch.compile.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        transformer: TransformerConfig = TransformerConfig(),
+        memory: MemoryConfig = MemoryConfig(),
+        optimizer: OptimizerConfig = OptimizerConfig(),
+        values_optimizer: ValuesOptimizerConfig = ValuesOptimizerConfig(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__(vocab_size, transformer, memory, optimizer, values_optimizer, compile)
+
+
+def _check_optimizer(key: str, config: OptimizerConfig | ValuesOptimizerConfig) -> None:
+    if config.learning_rate <= 0:
+        raise ConfigError(f"{key}.learning_rate", f"is {config.learning_rate}, must be positive")
+    if not all(0 <= beta < 1 for beta in config.betas):
+        raise ConfigError(f"{key}.betas", f"is {config.betas}, both must be at least 0 and below 1")
+    if config.weight_decay < 0:
+        raise ConfigError(f"{key}.weight_decay", f"is {config.weight_decay}, must not be negative")
+    config.schedule.validate(f"{key}.schedule")
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Keys in which two architectures differ, and how."""
+    found = []
+    for key in dict.fromkeys([*saved, *own]):
+        a, b = saved.get(key), own.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", f"is {a} in the checkpoint and {b} in the model"))
+    return found
+
+
+__all__ = ["Batch", "DenseLM", "LanguageModel", "MemoryLM", "OptimizerConfig", "ValuesOptimizerConfig"]

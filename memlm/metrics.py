@@ -1,0 +1,89 @@
+"""What is measured of a language model: loss, perplexity, bits per byte, factual recall."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import Metric
+
+IGNORED = -100
+"""Target that is not counted."""
+
+RECALL_GROUPS = ("recall", "recall_seen_phrasing", "recall_control")
+"""Metric name of each value of a batch's ``group``: held-out phrasing, trained phrasing, untrained facts."""
+
+
+class TokenLoss(Metric):
+    """Loss per token (nats), perplexity, and bits per UTF-8 byte of the counted targets.
+
+    Bits per byte, ``nats / ln 2 / bytes``, compares models across tokenizers.
+
+    Args:
+        token_bytes: ``[vocab]`` bytes of text that each token stands for; None if unknown, then no
+            bits per byte are reported.
+    """
+
+    full_state_update = False
+    nats: Tensor
+    tokens: Tensor
+    bytes: Tensor
+
+    def __init__(self, token_bytes: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        for name in ("nats", "tokens", "bytes"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        """Add a batch: logits ``[B, T, vocab]``, targets ``[B, T]`` with -100 where not counted."""
+        counted = targets != IGNORED
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        self.nats += loss.double()
+        self.tokens += counted.sum()
+        if self.token_bytes is not None:
+            self.bytes += self.token_bytes[targets.clamp(min=0)].mul(counted).sum()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Empty if no target was counted."""
+        if not self.tokens:
+            return {}
+        loss = self.nats / self.tokens
+        result = {"loss": loss.float(), "perplexity": loss.exp().float()}
+        if self.bytes:
+            result["bits_per_byte"] = (self.nats / math.log(2) / self.bytes).float()
+        return result
+
+
+class FactRecall(Metric):
+    """Share of facts whose whole answer the model ranks first, token by token.
+
+    With the right prefix given, all answer tokens ranking first is the same as greedy decoding
+    producing exactly the answer.
+    """
+
+    full_state_update = False
+    recalled: Tensor
+    asked: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("recalled", "asked"):
+            self.add_state(name, torch.zeros(len(RECALL_GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, answers: Tensor, group: Tensor) -> None:
+        """Add a batch: logits ``[B, T, vocab]``, answers ``[B, T]`` (-100 elsewhere), group ``[B]``."""
+        right = (logits.argmax(-1) == answers) | (answers == IGNORED)
+        recalled = right.all(dim=1).double()
+        self.recalled.index_add_(0, group, recalled)
+        self.asked.index_add_(0, group, torch.ones_like(recalled))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Recall of every group that was asked for."""
+        return {
+            name: (self.recalled[index] / self.asked[index]).float()
+            for index, name in enumerate(RECALL_GROUPS)
+            if self.asked[index]
+        }
