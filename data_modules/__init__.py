@@ -6,5 +6,6 @@ its class path.
 
 from data_modules.base import LanguageDataModule
 from data_modules.synthetic_facts import SyntheticFacts
+from data_modules.text_stream import TextStream
 
-__all__ = ["LanguageDataModule", "SyntheticFacts"]
+__all__ = ["LanguageDataModule", "SyntheticFacts", "TextStream"]
