@@ -1,9 +1,7 @@
 """The verbs fit, validate, test and predict: LightningCLI with run directories and a resume policy."""
 
-import importlib
-import pkgutil
 import signal
-import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,6 +9,7 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import callbacks
@@ -19,23 +18,21 @@ from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from callbacks.random_state import RandomState
 from callbacks.run_directory import RunDirectory
 from data_modules.base import LanguageDataModule
-from memlm.errors import ConfigError, UserError
+from memlm.discovery import import_all
+from memlm.errors import ConfigError
 from memlm.language_models import LanguageModel
 from memlm.loggers import MetricsLogger, TensorBoard
 from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
 from memlm.run_directory import RunConfig, RunFiles
 from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
+from memlm.usage_errors import UsageError, config_files_of, usage_error
 
 # Help of an option is the docstring below its attribute.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-class UsageError(UserError):
-    """The command line or a config file does not parse; the message comes from the parser."""
-
-
 class Parser(LightningArgumentParser):
-    """Argument parser that reports an error as one line instead of a page of usage."""
+    """Argument parser that raises an error of one line instead of printing a page of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -82,7 +79,10 @@ class CommandLine(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UsageError as error:
+            raise usage_error(str(error), config_files_of(self.arguments)) from error
         # Without defaults: what a config file or a flag has set.
         self.explicit = parser.parse_args(args, defaults=False)[self.verb]
 
@@ -129,6 +129,26 @@ class CommandLine(LightningCLI):
             # Only the main process asks: others start when it has claimed the directory already.
             if self.fresh and not config.trainer.fast_dev_run and _is_main_process():
                 self.run.check_free()
+
+    def instantiate_classes(self) -> None:
+        # Where a key may be null, the parser turns whatever a constructor raises into a ValueError on types.
+        raised: list[Exception] = []
+
+        def construct(cls: type, *args: Any, applied_instantiation_links: Any = None, **kwargs: Any) -> Any:
+            try:
+                return cls(*args, **kwargs)
+            except Exception as error:
+                raised.append(error)
+                raise
+
+        for base in (LanguageModel, LanguageDataModule, Callback, Logger):
+            self.parser.add_instantiator(construct, base, subclasses=True)
+        try:
+            super().instantiate_classes()
+        except Exception:
+            if raised:
+                raise raised[0] from None
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.checkpoint is not None:
@@ -223,41 +243,24 @@ class CommandLine(LightningCLI):
         print(f"Written to {self.files.predictions}")
 
 
-def fit(arguments: list[str]) -> None:
-    """``memlm fit``."""
-    _run("fit", arguments)
+def run(verb: str, arguments: list[str]) -> None:
+    """Runs a verb of the Trainer.
 
-
-def validate(arguments: list[str]) -> None:
-    """``memlm validate``."""
-    _run("validate", arguments)
-
-
-def test(arguments: list[str]) -> None:
-    """``memlm test``."""
-    _run("test", arguments)
-
-
-def predict(arguments: list[str]) -> None:
-    """``memlm predict``."""
-    _run("predict", arguments)
-
-
-def _run(verb: str, arguments: list[str]) -> None:
+    Args:
+        verb: fit, validate, test or predict.
+        arguments: The words after the verb.
+    """
     quiet()
-    _import_all(data_modules)
-    _import_all(callbacks)
+    import_all(data_modules)
+    import_all(callbacks)
     CommandLine(verb, arguments)
+
+
+fit = partial(run, "fit")
+validate = partial(run, "validate")
+test = partial(run, "test")
+predict = partial(run, "predict")
 
 
 def _is_main_process() -> bool:
     return rank_zero_only.rank == 0  # type: ignore[attr-defined]
-
-
-def _import_all(package: Any) -> None:
-    """Imports every module of a package: YAML can then name a class in any of them by its bare name."""
-    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-        try:
-            importlib.import_module(module.name)
-        except ImportError as error:
-            warnings.warn(f"{module.name} is not available: {error}", stacklevel=1)

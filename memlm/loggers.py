@@ -18,6 +18,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from memlm.run_directory import write_text
+from memlm.run_metrics import complete_lines
 
 
 class MetricsLogger(Logger):
@@ -65,7 +66,7 @@ class MetricsLogger(Logger):
         added = [key for key in values if key not in self._columns]
         if added:
             self._columns += added
-            self._rewrite(read_rows(self.path) if self.path.exists() else [])
+            self._rewrite(self._read() if self.path.exists() else [])
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(_csv_line([values.get(column, "") for column in self._columns]))
 
@@ -73,13 +74,15 @@ class MetricsLogger(Logger):
         """Columns of the file as it stands, after dropping what the resumed run will write again."""
         if not self.path.exists():
             return []
-        rows = read_rows(self.path)
-        columns = list(rows[0]) if rows else _header(self.path)
-        kept = [row for row in rows if self.resumed_step is None or int(row["step"]) <= self.resumed_step]
-        # Always: a killed run may have left a torn last line.
-        self._columns = columns
-        self._rewrite(kept)
-        return columns
+        kept = [
+            row for row in self._read() if self.resumed_step is None or int(row["step"]) <= self.resumed_step
+        ]
+        self._columns = next(csv.reader(complete_lines(self.path)), [])
+        self._rewrite(kept)  # even if no row is dropped: a kill may have torn the last line
+        return self._columns
+
+    def _read(self) -> list[dict[str, str]]:
+        return list(csv.DictReader(complete_lines(self.path)))
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         assert self._columns is not None
@@ -119,17 +122,6 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Nothing: the writer flushes by itself; the base class would also write an empty hparams.yaml."""
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete rows of a metrics file, as text; a line torn by a kill is left out."""
-    text = path.read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-
-
-def _header(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    return next(csv.reader([text.split("\n", 1)[0]]), []) if "\n" in text else []
 
 
 def _csv_line(values: list[Any]) -> str:

@@ -1,0 +1,225 @@
+"""``memlm compare``: one table of several runs, and a picture of how they learned."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from memlm.errors import DataError
+from memlm.run_directory import RunFiles
+from memlm.run_metrics import Series, read_metrics
+
+
+class Measure(NamedTuple):
+    """One row of the table: its key in JSON, its name, and how a number is printed."""
+
+    key: str
+    name: str
+    form: Callable[[float], str]
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def _decimals(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:,.{digits}f}"
+
+
+MEASURES = (
+    Measure("parameters_total", "total parameters", _count),
+    Measure("parameters_active", "active parameters per token", _count),
+    Measure("flops_per_token", "forward FLOPs per token", _count),
+    Measure("values_read_per_token", "values read per token", _count),
+    Measure("steps", "steps", _count),
+    Measure("tokens", "tokens seen", _count),
+    Measure("tokens_per_second", "tokens per second of training", _count),
+    Measure("train_seconds", "seconds of training", _decimals(1)),
+    Measure("loss", "loss (nats per token)", _decimals(4)),
+    Measure("bits_per_byte", "bits per byte", _decimals(4)),
+    Measure("recall", "recall, held-out phrasing", _decimals(3)),
+    Measure("recall_seen_phrasing", "recall, seen phrasing", _decimals(3)),
+    Measure("recall_control", "recall, control", _decimals(3)),
+)
+_QUALITIES = ("loss", "bits_per_byte", "recall", "recall_seen_phrasing", "recall_control")
+
+
+class Run:
+    """What the files of a run say.
+
+    Args:
+        directory: The run directory.
+
+    Raises:
+        DataError: if it is not one, or a file of it is malformed.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.files = RunFiles(directory)
+        if not self.files.directory.is_dir():
+            raise DataError(directory, "is not a run directory: there is no such folder")
+        if not self.files.metrics.is_file():
+            raise DataError(
+                self.files.metrics, f"is missing: {directory} is not a run directory, or did not train"
+            )
+        self.name = self.files.directory.resolve().name
+        self.metrics = read_metrics(self.files.metrics)
+        self.model = _read_json(self.files.model)
+        self.environment = _read_json(self.files.environment)
+        self.test = _read_json(self.files.test)
+
+    def validated(self) -> dict[str, float]:
+        """The last validation: metric values and ``step``; empty if none ran."""
+        rows = [row for row in self.metrics if "val/loss" in row]
+        return rows[-1] if rows else {}
+
+    def measures(self, on_test: bool) -> dict[str, Any]:
+        """Values of MEASURES; None where the run does not tell."""
+        tokens = self.environment.get("tokens") or self._last("train/tokens")
+        seconds = self.environment.get("train_seconds") or self._last("train/seconds")
+        speed = tokens / seconds if tokens and seconds else self._last("train/tokens_per_second")
+        source, prefix = (self.test, "test/") if on_test else (self.validated(), "val/")
+        return {
+            "parameters_total": self.model.get("total"),
+            "parameters_active": self.model.get("active"),
+            "flops_per_token": self.model.get("flops_per_token"),
+            "values_read_per_token": self.model.get("values_read_per_token"),
+            "steps": self._last("step"),
+            "tokens": tokens,
+            "tokens_per_second": speed,
+            "train_seconds": seconds,
+            **{key: source.get(prefix + key) for key in _QUALITIES},
+        }
+
+    def measured(self, on_test: bool) -> str:
+        """Which weights and data the qualities come from."""
+        if on_test:
+            checkpoint = Path(str(self.test.get("checkpoint", "?"))).name
+            return f"test, {checkpoint}, step {self.test.get('step', '?')}"
+        step = self.validated().get("step")
+        return f"validation, step {step:.0f}" if step is not None else "not validated"
+
+    def data(self) -> dict[str, Any]:
+        """The data section of the configuration, flat; empty if there is none."""
+        if not self.files.config.is_file():
+            return {}
+        try:
+            data = yaml.safe_load(self.files.config.read_text(encoding="utf-8")).get("data") or {}
+        except (yaml.YAMLError, AttributeError) as error:
+            raise DataError(self.files.config, "is not the YAML of a run's configuration") from error
+        return {"class_path": data.get("class_path"), **(data.get("init_args") or {})}
+
+    def series(self, metric: str, against: str) -> Series:
+        """A validation metric against a training counter such as ``train/tokens``."""
+        return Series.of(self.metrics, metric, against)
+
+    def _last(self, column: str) -> float | None:
+        values = [row[column] for row in self.metrics if column in row]
+        return values[-1] if values else None
+
+
+def compare(directories: list[str]) -> dict[str, Any]:
+    """Everything that the table shows.
+
+    Test results are used when every run has them, else every run's last validation: never one beside the
+    other.
+
+    Args:
+        directories: Run directories.
+
+    Returns:
+        ``measured_on`` (test or validation), ``warnings``, and ``runs``: for each its directory,
+        ``measured``, and the values of MEASURES.
+
+    Raises:
+        DataError: if one of them is not a run directory.
+    """
+    runs = [Run(directory) for directory in directories]
+    on_test = all(run.test for run in runs)
+    return {
+        "measured_on": "test" if on_test else "validation",
+        "warnings": _differences(runs) + _left_aside(runs, on_test),
+        "runs": [
+            {"run": str(run.files.directory), "measured": run.measured(on_test), **run.measures(on_test)}
+            for run in runs
+        ],
+    }
+
+
+def table(comparison: dict[str, Any]) -> str:
+    """The comparison as text: a row for each measure, a column for each run."""
+    runs = comparison["runs"]
+    lines = [["", *(run["run"] for run in runs)]]
+    for measure in MEASURES:
+        values = [run[measure.key] for run in runs]
+        shown = ["-" if value is None else measure.form(value) for value in values]
+        lines.append([measure.name, *shown])
+    lines.append(["measured on", *(run["measured"] for run in runs)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(runs) + 1)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(map(str.rjust, line[1:], widths[1:]))]).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``memlm compare``."""
+    parser = argparse.ArgumentParser("memlm compare", description="Print one table of runs and draw them.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, such as runs/quickstart")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table's values here")
+    parser.add_argument(
+        "--png", type=Path, metavar="PATH", help="the picture [compare.png beside the first run]"
+    )
+    options = parser.parse_args(arguments)
+    comparison = compare(options.runs)
+    print(table(comparison))
+    for warning in comparison["warnings"]:
+        print(f"warning: {warning}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+        print(f"Values: {options.json}")
+    # Drawing needs half a second of imports, which the table above need not wait for.
+    from memlm.compare_plot import draw
+
+    png = options.png or Path(options.runs[0]).resolve().parent / "compare.png"
+    draw([Run(directory) for directory in options.runs], png)
+    print(f"Picture: {png}")
+    return 0
+
+
+def _differences(runs: list[Run]) -> list[str]:
+    """One warning for each run whose data are not those of the first."""
+    warnings = []
+    first = runs[0].data()
+    for run in runs[1:]:
+        data = run.data()
+        different = [key for key in dict.fromkeys([*first, *data]) if first.get(key) != data.get(key)]
+        if different:
+            shown = ", ".join(f"{key} {first.get(key)!r} and {data.get(key)!r}" for key in different)
+            warnings.append(f"{runs[0].name} and {run.name} were trained on different data: {shown}")
+    return warnings
+
+
+def _left_aside(runs: list[Run], on_test: bool) -> list[str]:
+    tested = [run.name for run in runs if run.test]
+    if on_test or not tested:
+        return []
+    untested = [run.name for run in runs if not run.test]
+    return [f"test results of {', '.join(tested)} are left aside, since {', '.join(untested)} has none"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(path, f"is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise DataError(path, "is not a JSON object")
+    return content
