@@ -107,7 +107,9 @@ def _parse(line: bytes, text_key: str, path: Path, number: int) -> str | DataErr
             path, f"is not valid UTF-8 ({error.reason} at byte {error.start} of the line)", number
         )
     except (ValueError, RecursionError) as error:
-        return DataError(path, f"is not valid JSON ({error}); expected one JSON object on each line", number)
+        # Not str(error), whose "line 1" is that within the line.
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        return DataError(path, f"is not valid JSON ({reason}); expected one JSON object on each line", number)
     if not isinstance(record, dict):
         return DataError(
             path, f"holds a JSON {_name(record)}; expected an object with key {text_key!r}", number
@@ -186,7 +188,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 def _gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
     with gzip.open(file) as content:
-        yield from iter(lambda: content.read(CHUNK), b"")  # raises EOFError if cut off
+        yield from iter(lambda: content.read1(CHUNK), b"")  # raises EOFError if cut off, after all before it
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
