@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import zstandard
-
 from memlm.errors import DataError
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
@@ -178,7 +176,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield from chunks
     except EOFError:
         raise DataError(path, f"is truncated: the {suffix} stream ends before its end mark") from None
-    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except (gzip.BadGzipFile, zlib.error, _ZstdError) as error:
         raise DataError(path, f"cannot be decompressed as {suffix} ({error})") from None
     except FileNotFoundError:
         raise DataError(path, "no such file") from None
@@ -191,13 +189,23 @@ def _gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
         yield from iter(lambda: content.read1(CHUNK), b"")  # raises EOFError if cut off, after all before it
 
 
+class _ZstdError(Exception):
+    """What zstandard.ZstdError says; that package is imported only where a file needs it."""
+
+
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
     """Frames one after the other. (zstandard's own stream reader ends silently where a file is cut off.)"""
+    import zstandard
+
     frame = None
     while data := file.read(CHUNK // 16):
         while data:
             frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            if content := frame.decompress(data):
+            try:
+                content = frame.decompress(data)
+            except zstandard.ZstdError as error:
+                raise _ZstdError(error) from None
+            if content:
                 yield content
             data = frame.unused_data if frame.eof else b""
             if frame.eof:
