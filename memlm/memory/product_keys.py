@@ -7,6 +7,8 @@ Large Memory Layers with Product Keys (arXiv 1907.05242), section 3.1; Memory La
 import torch
 from torch import Tensor, nn
 
+from memlm.kernels.top_k import top_k
+
 
 def candidate_pairs(reads: int) -> Tensor:
     """The pairs of ranks that can be among the top ``reads`` sums of two sorted lists.
@@ -73,10 +75,10 @@ class ProductKeys(nn.Module):
 
     def _best_half_keys(self, half_scores: Tensor) -> tuple[Tensor, Tensor]:
         """Half-key indices ``[H, N, R]`` of both halves of the best slots; half_scores ``[H, 2, N, K]``."""
-        best, index = half_scores.topk(self.reads, dim=-1)
+        best, index = top_k(half_scores, self.reads)
         left, right = self.candidates.unbind(1)
         sums = best[:, 0].index_select(-1, left) + best[:, 1].index_select(-1, right)
-        chosen = sums.topk(self.reads, dim=-1).indices
+        _, chosen = top_k(sums, self.reads)
         first = index[:, 0].gather(-1, left[chosen])
         second = index[:, 1].gather(-1, right[chosen])
         return first, second
