@@ -9,7 +9,6 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import callbacks
@@ -134,21 +133,22 @@ class CommandLine(LightningCLI):
         # Where a key may be null, the parser turns whatever a constructor raises into a ValueError on types.
         raised: list[Exception] = []
 
-        def construct(cls: type, *args: Any, applied_instantiation_links: Any = None, **kwargs: Any) -> Any:
+        def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
             try:
                 return cls(*args, **kwargs)
             except Exception as error:
                 raised.append(error)
                 raise
 
-        for base in (LanguageModel, LanguageDataModule, Callback, Logger):
-            self.parser.add_instantiator(construct, base, subclasses=True)
         try:
-            super().instantiate_classes()
+            self.config_init = self.parser.instantiate(self.config, instantiators=[(construct, object, True)])
         except Exception:
             if raised:
-                raise raised[0] from None
+                raise raised[-1] from None
             raise
+        self.datamodule = self.config_init[self.verb].data
+        self.model = self.config_init[self.verb].model
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         if self.checkpoint is not None:
@@ -178,7 +178,7 @@ class CommandLine(LightningCLI):
         config = self.config[self.verb].clone()
         for key in ("config", "ckpt_path", "weights_only"):
             config.pop(key, None)
-        return self._parser(self.verb).dump(config, skip_none=False, skip_validation=True)
+        return self._parser(self.verb).dump(config, skip_unset=False, skip_validation=True)
 
     def source(self) -> dict[str, Any]:
         """Where the weights come from; empty for initial ones."""

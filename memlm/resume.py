@@ -1,6 +1,7 @@
 """Which checkpoint a command means, and what of it beats defaults: the architecture, nothing else."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def resolve_checkpoint(ckpt_path: str, run: RunFiles) -> Path:
             raise CheckpointError(
                 run.checkpoints, f"holds no checkpoint: run {run.directory} has none to continue"
             )
-        # Extra checkpoints, which a callback of the user's may write, can be newer than last.ckpt.
+        # Checkpoints that a callback of the user's has added can be newer than last.ckpt; best.ckpt cannot.
+        found = [path for path in found if path != run.best] or found
         return max(found, key=lambda path: (read_checkpoint(path)["global_step"], path == run.last))
     path = Path(ckpt_path)
     if not path.exists():
@@ -57,9 +59,11 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:
-        detail = str(error).split("\n")[0]
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            path, f"cannot be read safely ({detail}); --weights_only false reads it if you trust its author"
+            path,
+            f"is damaged, or holds more than tensors and numbers ({found[1] if found else 'pickled objects'}); "
+            "such a file can run code: if you trust its author, pass --weights_only false",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         detail = str(error).split("\n")[0]

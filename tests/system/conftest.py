@@ -1,0 +1,85 @@
+"""A tiny run: the real command line, model and data, in a fraction of a second."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+
+from memlm.__main__ import main
+
+TINY = {
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 10,
+        "val_check_interval": 4,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+    },
+    "model": {
+        "class_path": "memlm.MemoryLM",
+        "init_args": {
+            "transformer": {"dim": 16, "layers": 2, "heads": 2, "feed_forward_dim": 16},
+            "memory": {"half_keys": 8, "heads": 2, "reads": 4, "key_dim": 8, "layers": [1]},
+        },
+    },
+    "data": {
+        "class_path": "SyntheticFacts",
+        "init_args": {
+            "people": 40,
+            "control": 5,
+            "batch_size": 4,
+            "name_vocabulary": 20,
+            "values": 5,
+            "attributes": 2,
+            "evaluation_facts": 10,
+        },
+    },
+}
+
+
+class Noise(Callback):
+    """Logs a draw from every generator, so that metrics.csv shows whether random state was restored."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        drawn = torch.rand(()).item() + np.random.rand() + random.random()
+        pl_module.log("train/noise", drawn)
+
+
+class Crash(Callback):
+    """Stops the run in the middle of a step, as a bug or a lost machine would.
+
+    Args:
+        step: Optimizer steps taken when it happens.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with tiny.yaml in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEMLM_TRACEBACK", raising=False)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
+    return tmp_path
+
+
+@pytest.fixture
+def memlm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a command in that folder, in this process; returns the exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["memlm", *arguments])
+        return main(list(arguments))
+
+    return run
