@@ -62,12 +62,12 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
             path,
-            f"is damaged, or holds more than tensors and numbers ({found[1] if found else 'pickled objects'}); "
+            f"is damaged, or holds more than tensors ({found[1] if found else 'pickled objects'}); "
             "such a file can run code: if you trust its author, pass --weights_only false",
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         detail = str(error).split("\n")[0]
-        raise CheckpointError(path, f"cannot be read, it may be truncated: {detail}") from error
+        raise CheckpointError(path, f"is truncated, or is not a checkpoint at all: {detail}") from error
     needed = _NEEDED_KEYS if not path.is_dir() else _NEEDED_KEYS[1:]
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:

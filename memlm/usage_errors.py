@@ -80,11 +80,12 @@ def _alternatives(body: str) -> list[str]:
     if "Errors:\n" not in body:
         return [body]
     listed = body.split("Errors:\n", 1)[1]
-    listed = re.split(r"\n\s*Given value type:", listed)[0]
-    indent = re.match(r"\s*- ", listed)
+    indent = re.match(r"( *)- ", listed)
     assert indent, listed
-    parts = re.split(r"(?:^|\n)" + re.escape(indent[0]), listed)
-    kept = [part.strip() for part in parts if part.strip() and "<class 'NoneType'>" not in part]
+    # Messages nest, each level indented deeper: only this level's marks count.
+    listed = re.split(rf"(?:^|\n) {{,{len(indent[1]) - 1}}}Given value type:", listed)[0]
+    parts = [part.strip() for part in re.split(rf"(?:^|\n){indent[0]}", listed)]
+    kept = [part for part in parts if part and part != "Expected a <class 'NoneType'>"]
     return [part for part in kept if not part.startswith("Not a valid subclass")] or kept
 
 

@@ -203,7 +203,7 @@ def test_no_logger_and_no_checkpoints(memlm):
 
 def test_another_logger_stands_beside_metrics_csv(memlm, folder):
     (folder / "logger.yaml").write_text(
-        "trainer:\n  logger:\n    class_path: CSVLogger\n    init_args: {save_dir: csv, name: x, version: y}\n"
+        "trainer: {logger: {class_path: CSVLogger, init_args: {save_dir: csv, name: x, version: y}}}"
     )
     assert memlm(*FIT, "--config", "logger.yaml") == 0
     assert held(Path("runs/tiny")) == {

@@ -1,0 +1,107 @@
+import importlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+import memlm
+from memlm import __main__ as entry
+from memlm.errors import ConfigError
+
+
+def run(*arguments: str) -> tuple[int, str, str, float]:
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "memlm", *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr, time.perf_counter() - began
+
+
+def test_help_and_version_need_nothing_but_the_standard_library():
+    """In a process that refuses every import of what is installed."""
+    program = (
+        "import sys\n"
+        "installed = {'torch', 'lightning', 'jsonargparse', 'yaml', 'numpy'}\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *args):\n"
+        "        assert name.split('.')[0] not in installed, name\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "from memlm.__main__ import main\n"
+        "assert [main([]), main(['--help']), main(['--version']), main(['nope'])] == [0, 0, 0, 2]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"memlm {memlm.__version__}" in done.stdout
+
+
+def test_help_is_fast_and_lists_every_verb():
+    code, out, err, seconds = min((run("--help") for _ in range(3)), key=lambda result: result[-1])
+    assert (code, err) == (0, "")
+    assert seconds < 0.3
+    for verb in entry.VERBS:
+        assert f"  {verb.name} " in out
+
+
+def test_unknown_verb():
+    code, out, err, _ = run("fti")
+    assert (code, out) == (2, "")
+    assert err == (
+        "memlm: error: unknown verb 'fti'; "
+        "the verbs are fit, validate, test, predict, compare, tokenizer, completion\n"
+    )
+
+
+@pytest.mark.parametrize("verb", entry.VERBS, ids=lambda verb: verb.name)
+def test_every_verb_has_a_function(verb):
+    module, function = verb.target.split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def fail_with(monkeypatch, error: BaseException) -> None:
+    def verb(arguments):
+        raise error
+
+    monkeypatch.setattr(entry, "VERBS", (entry.Verb("go", "", "memlm.__main__:go"),))
+    monkeypatch.setattr(entry, "go", verb, raising=False)
+    monkeypatch.setitem(sys.modules, "memlm.__main__", entry)
+
+
+def test_users_errors_are_one_line(monkeypatch, capsys):
+    monkeypatch.delenv("MEMLM_TRACEBACK", raising=False)
+    fail_with(monkeypatch, ConfigError("data.x", "is\n  wrong"))
+    assert entry.main(["go"]) == 2
+    assert capsys.readouterr().err == "memlm: error: data.x: is wrong\n"
+
+
+def test_traceback_on_request(monkeypatch):
+    monkeypatch.setenv("MEMLM_TRACEBACK", "1")
+    fail_with(monkeypatch, ConfigError("data.x", "is wrong"))
+    with pytest.raises(ConfigError):
+        entry.main(["go"])
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    fail_with(monkeypatch, ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        entry.main(["go"])
+
+
+def test_interrupt(monkeypatch):
+    fail_with(monkeypatch, KeyboardInterrupt())
+    assert entry.main(["go"]) == 130
+
+
+def test_completion_completes_verbs_and_options():
+    script = subprocess.run(
+        [sys.executable, "-m", "memlm", "completion"], capture_output=True, text=True
+    ).stdout
+
+    def complete(*words: str) -> list[str]:
+        line = " ".join(f"'{word}'" for word in words)
+        program = (
+            f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _memlm; echo ${{COMPREPLY[@]}}"
+        )
+        return subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.split()
+
+    assert complete("memlm", "co") == ["compare", "completion"]
+    assert complete("memlm", "fit", "--ck") == ["--ckpt_path"]
+    assert complete("memlm", "fit", "configs/") == []
