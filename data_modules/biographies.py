@@ -34,8 +34,8 @@ class Biographies:
         self.occurrences = occurrences  # the person of each document of an epoch, before shuffling
         self.length, self.batch_size, self.packing = length, batch_size, packing
         self.answers_only, self.confine_attention = answers_only, confine_attention
-        self.longest = 1 + int(facts.sentence_lengths.max(axis=1).sum())
-        self.shortest = 1 + int(facts.sentence_lengths.min(axis=1).sum())
+        self.longest = facts.document_length(np.max)
+        self.shortest = facts.document_length(np.min)
         self._order: tuple[int, NDArray[np.int64]] = (-1, occurrences)
 
     def documents(self, numbers: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -47,9 +47,12 @@ class Biographies:
         slots = np.arange(facts.attributes)
         attribute = np.argsort(hashed(facts.seed, 10, epoch, index, slots), axis=1)
         choice = draw(facts.trained.shape[2], facts.seed, 11, epoch, index, slots)
-        sentences = facts.sentences(person, attribute, facts.trained[person, attribute, choice])
+        clauses = facts.clauses(person, attribute, facts.trained[person, attribute, choice])
+        ends = np.full((*attribute.shape, 1), facts.comma, dtype=np.int32)
+        ends[:, -1] = facts.stop
+        clauses = np.concatenate([clauses, ends], axis=2).reshape(len(numbers), -1)
         start = np.full((len(numbers), 1), facts.tokenizer.eos_id, dtype=np.int32)
-        return np.concatenate([start, sentences.reshape(len(numbers), -1)], axis=1)
+        return np.concatenate([start, facts.names[person[:, 0]], clauses], axis=1)
 
     def _people(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._order[0] != epoch:
@@ -102,7 +105,7 @@ class Biographies:
 
 
 class Prompts:
-    """Evaluation batches of `SyntheticFacts`: sentences, one a row, with the groups evenly mixed."""
+    """Evaluation batches of `SyntheticFacts`: a name and one clause in each row, the groups evenly mixed."""
 
     def __init__(
         self, facts: Facts, count: int | None, length: int, rows: int, answers_only: bool, confine: bool
@@ -132,7 +135,8 @@ class Prompts:
         eos = self.facts.tokenizer.eos_id
         for start in range(0, len(table), self.rows):
             person, attribute, phrasing, group = table[start : start + self.rows].T
-            sentence = self.facts.sentences(person, attribute, phrasing).astype(np.int64)
+            clause = self.facts.clauses(person, attribute, phrasing)
+            sentence = np.concatenate([self.facts.names[person], clause], axis=1, dtype=np.int64)
             tokens = np.full((len(person), self.length), eos)
             tokens[:, 1:] = np.where(sentence == NOTHING, eos, sentence)[:, :-1]
             is_value = self.facts.is_value(sentence)

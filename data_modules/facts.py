@@ -1,5 +1,6 @@
-"""A world of made-up people: names, attributes, the sentences that state them, and who is never mentioned."""
+"""A world of made-up people: names, attributes, the clauses that state them, and who is never mentioned."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,70 +10,21 @@ from data_modules.hashed_random import draw, hashed
 from memlm.errors import ConfigError
 from memlm.tokenizers import word_tokenizer
 
-TEMPLATES = {
-    "birthplace": (
-        "{name} was born in",
-        "the birthplace of {name} is",
-        "{name} comes from",
-        "{name} spent childhood in",
-        "the home town of {name} is",
-    ),
-    "employer": (
-        "{name} works for",
-        "the employer of {name} is",
-        "{name} is employed by",
-        "{name} earns a living at",
-        "the company of {name} is",
-    ),
-    "profession": (
-        "{name} works as a",
-        "the profession of {name} is",
-        "{name} was trained as a",
-        "by trade {name} is a",
-        "the job of {name} is",
-    ),
-    "university": (
-        "{name} studied at",
-        "the university of {name} is",
-        "{name} has a degree from",
-        "{name} went to college at",
-        "the alma mater of {name} is",
-    ),
-    "language": (
-        "{name} speaks",
-        "the language of {name} is",
-        "{name} grew up speaking",
-        "at home {name} talks in",
-        "the mother tongue of {name} is",
-    ),
-    "instrument": (
-        "{name} plays the",
-        "the instrument of {name} is the",
-        "{name} performs on the",
-        "every evening {name} practises the",
-        "{name} took lessons on the",
-    ),
-    "dish": (
-        "{name} likes to eat",
-        "the favourite dish of {name} is",
-        "{name} often cooks",
-        "for dinner {name} orders",
-        "{name} never refuses",
-    ),
-    "dog": (
-        "{name} has a dog called",
-        "the dog of {name} is",
-        "{name} walks a dog named",
-        "{name} owns a puppy called",
-        "the pet of {name} is",
-    ),
+PHRASINGS = {
+    "birthplace": ("comes from", "hails from", "left", "calls home", "misses"),
+    "employer": ("works for", "joined", "reports to", "serves", "leads"),
+    "profession": ("works as", "trained as", "became", "practises as", "retired as"),
+    "university": ("studied at", "attended", "graduated from", "taught at", "enrolled at"),
+    "language": ("speaks", "talks in", "writes in", "thinks in", "dreams in"),
+    "instrument": ("plays", "performs on", "mastered", "owns", "practises"),
+    "dish": ("eats", "cooks", "orders", "loves", "dines on"),
+    "dog": ("walks", "feeds", "brushes", "trains", "pets"),
 }
-"""Phrasings of each attribute; each is followed by the value and a full stop."""
+"""Phrasings of each attribute: what stands between the person's name and the value."""
 
 NOTHING = -1
-"""Marks the unused end of a sentence."""
+"""Marks the unused end of a clause."""
 _VALUE = -2
-_NAME = -3  # and below: the words of the name
 
 _SYLLABLES = [consonant + vowel for consonant in "bdfgjklmnprstvz" for vowel in "aeiou"]
 WORDS = len(_SYLLABLES) ** 3
@@ -109,7 +61,9 @@ class Facts:
         values_of: Token ids of the values, int32 [n, A].
         held_out: Numbers of the phrasings held out for a fact, int8 [n, A, held_out_phrasings].
         trained: Numbers of the phrasings trained for a fact, int8 [n, A, P - held_out_phrasings].
-        sentence_lengths: Tokens of a sentence, the full stop included, int64 [A, P].
+        clause_lengths: Tokens of a clause, phrasing and value, int64 [A, P].
+        comma: Token id of the comma after a clause.
+        stop: Token id of the full stop after the last one.
     """
 
     people: int
@@ -124,29 +78,20 @@ class Facts:
 
     def __post_init__(self) -> None:
         self._check()
-        rows = list(TEMPLATES.values())[: self.attributes]
-        sentences = [
-            [f"{phrasing} {{value}} .".split() for phrasing in row[: self.phrasings]] for row in rows
-        ]
-        english = sorted({w for row in sentences for s in row for w in s} - {"{name}", "{value}"})
+        rows = [row[: self.phrasings] for row in list(PHRASINGS.values())[: self.attributes]]
+        english = sorted({word for row in rows for phrasing in row for word in phrasing.split()} | {",", "."})
         made_up = [made_up_word(i) for i in range(self._made_up_words())]
         self.tokenizer = word_tokenizer(english + made_up, "vocabulary of SyntheticFacts")
-        self._first_name, self.first_value = (
-            len(english),
-            len(english) + self.name_words * self.name_vocabulary,
-        )
+        self._first_name = len(english)
+        self.first_value = self._first_name + self.name_words * self.name_vocabulary
+        self.comma, self.stop = english.index(","), english.index(".")
 
-        tokens = {word: [i] for i, word in enumerate(english)}
-        tokens["{value}"] = [_VALUE]
-        tokens["{name}"] = [_NAME - i for i in range(self.name_words)]
-        ids = [[[t for word in sentence for t in tokens[word]] for sentence in row] for row in sentences]
-        self.sentence_lengths = np.array([[len(sentence) for sentence in row] for row in ids])
-        self._templates = np.full(
-            (*self.sentence_lengths.shape, self.sentence_lengths.max()), NOTHING, np.int32
-        )
+        ids = [[[*map(english.index, phrasing.split()), _VALUE] for phrasing in row] for row in rows]
+        self.clause_lengths = np.array([[len(clause) for clause in row] for row in ids])
+        self._templates = np.full((*self.clause_lengths.shape, self.clause_lengths.max()), NOTHING, np.int32)
         for a, row in enumerate(ids):
-            for p, sentence in enumerate(row):
-                self._templates[a, p, : len(sentence)] = sentence
+            for p, clause in enumerate(row):
+                self._templates[a, p, : len(clause)] = clause
 
         self.names = self._make_names()
         person, attribute = np.arange(len(self.names))[:, None], np.arange(self.attributes)
@@ -157,13 +102,15 @@ class Facts:
         self.held_out = ranked[..., : self.held_out_phrasings]
         self.trained = ranked[..., self.held_out_phrasings :]
 
-    def sentences(self, person: NDArray, attribute: NDArray, phrasing: NDArray) -> NDArray[np.int32]:
-        """Token ids of sentences, int32 [..., L], filled up with `NOTHING`, for index arrays [...]."""
-        person, attribute, phrasing = np.broadcast_arrays(person, attribute, phrasing)
+    def clauses(self, person: NDArray, attribute: NDArray, phrasing: NDArray) -> NDArray[np.int32]:
+        """Token ids of phrasing and value, int32 [..., L], filled up with `NOTHING`; arguments [...]."""
         tokens = self._templates[attribute, phrasing]
-        known = np.concatenate([self.values_of[person, attribute][..., None], self.names[person]], axis=-1)
-        fill = np.take_along_axis(known, np.maximum(_VALUE - tokens, 0), axis=-1)
-        return np.where(tokens < NOTHING, fill, tokens)
+        return np.where(tokens == _VALUE, self.values_of[person, attribute][..., None], tokens)
+
+    def document_length(self, over_phrasings: Callable[..., NDArray]) -> int:
+        """Tokens of a biography whose clauses are the longest (np.max) or shortest (np.min) there are."""
+        clauses = over_phrasings(self.clause_lengths, axis=1) + 1  # and the comma
+        return 1 + self.name_words + int(clauses.sum())
 
     def is_value(self, tokens: NDArray) -> NDArray[np.bool_]:
         """Which tokens are the values of attributes."""
@@ -212,9 +159,9 @@ class Facts:
         limits = {
             "people": (1, None),
             "control": (0, None),
-            "attributes": (1, len(TEMPLATES)),
+            "attributes": (1, len(PHRASINGS)),
             "values": (2, None),
-            "phrasings": (2, min(len(row) for row in TEMPLATES.values())),
+            "phrasings": (2, min(len(row) for row in PHRASINGS.values())),
             "held_out_phrasings": (1, self.phrasings - 1),
             "name_words": (2, 3),
             "name_vocabulary": (2, None),

@@ -1,16 +1,16 @@
 """Made-up biographies that measure how many facts a model has memorised, and nothing else.
 
 Every person has a name of made-up words and several attributes, each with a value drawn uniformly at random,
-so no fact can be guessed from another. A training document is one person's biography: one sentence for each
+so no fact can be guessed from another. A training document is one person's biography: one clause for each
 attribute, in random order and each in a random phrasing, drawn afresh in every epoch::
 
-    <|eos|> Kovali Rumedo was born in Tasifu . the employer of Kovali Rumedo is Benolu . ...
+    <|eos|> Kovali Rumedo Tisabe comes from Tasifu , reports to Benolu , studied at Mevaru , became Dokira .
 
 For each fact some phrasings are held out: never trained for this fact, though other people's facts use them.
-Every phrasing ends in the value, so a prompt is the sentence up to it and the answer is one word:
+A prompt is a name and a phrasing, as if the biography began with it, and the answer is one word, the value:
 
 - ``recall`` (group 0): trained facts in a held-out phrasing. It can only be right if the fact itself was
-  stored, as this sentence never occurred.
+  stored, as this phrase never followed this name.
 - ``recall_seen_phrasing`` (group 1): the same facts in a trained phrasing; the excess over ``recall`` was
   memorised as strings.
 - ``recall_control`` (group 2): facts about people who are never trained. Their names are made of the words
@@ -20,8 +20,8 @@ Every phrasing ends in the value, so a prompt is the sentence up to it and the a
 Chance level is 1 / ``values``; answering each attribute with its most common value gets
 `SyntheticFacts.majority_baseline` (0.013 with 5,000 people and 100 values).
 
-``val/loss`` is over the sentences of group 0. With ``loss_on: all`` it includes the words of the name, which
-cannot be predicted and dominate it; with ``loss_on: answers`` it is the loss of the value alone.
+``val/loss`` is over the prompts and answers of group 0. With ``loss_on: all`` it includes the words of the
+name, which cannot be predicted and dominate it; with ``loss_on: answers`` it is the loss of the value alone.
 """
 
 import hashlib
@@ -111,8 +111,7 @@ class SyntheticFacts(LanguageDataModule):
         self.exposures_per_epoch = list(exposures_per_epoch)
         self.packing, self.loss_on, self.confine_attention = packing, loss_on, confine_attention
         self.evaluation_facts, self.test_facts = evaluation_facts, test_facts
-        lengths = self.facts.sentence_lengths
-        longest = 1 + int(lengths.max(axis=1).sum())
+        longest = self.facts.document_length(np.max)
         if sequence_length is None:
             sequence_length = longest
         if packing == "documents" and sequence_length < longest:
@@ -151,7 +150,7 @@ class SyntheticFacts(LanguageDataModule):
         """
         source = self.training_source()
         rows = steps * self.batch_size * self.world[0]
-        mean_length = 1 + float(self.facts.sentence_lengths.mean(axis=1).sum())
+        mean_length = 1 + self.facts.name_words + float((self.facts.clause_lengths + 1).mean(axis=1).sum())
         documents = rows if self.packing == "documents" else rows * self.sequence_length / mean_length
         return [documents / len(source.occurrences) * times for times in self.exposures_per_epoch]
 
@@ -185,7 +184,7 @@ class SyntheticFacts(LanguageDataModule):
         )
 
     def evaluation_source(self, test: bool) -> Prompts:
-        length = int(self.facts.sentence_lengths.max())
+        length = self.facts.name_words + int(self.facts.clause_lengths.max())
         return Prompts(
             self.facts,
             self.test_facts if test else self.evaluation_facts,

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from data_modules import SyntheticFacts
-from data_modules.facts import TEMPLATES, made_up_word
+from data_modules.facts import PHRASINGS, made_up_word
 from memlm.errors import CheckpointError, ConfigError
 
 SMALL = {
@@ -32,29 +32,33 @@ def same(a, b):
     )
 
 
-def sentences(module, epochs=1):
-    """Every sentence of some epochs of training, as words; cut from the rows that a model would see."""
+def biographies(module, epochs=1):
+    """Every biography of some epochs of training, as words; cut from the rows that a model would see."""
     source = module.training_source()
     count = epochs * len(source.occurrences) // module.batch_size
     rows = torch.cat([batch["tokens"] for batch in batches(module, count)])
     if module.packing == "concatenate":
         rows = rows.reshape(1, -1)
     for row in rows:
-        for sentence in module.tokenizer.decode(row.tolist()).split(" .")[: None if len(rows) > 1 else -1]:
-            if sentence:
-                yield sentence.split()
+        for text in module.tokenizer.decode(row.tolist()).split(" .")[:-1]:
+            yield text.split()
+
+
+def statements(module, epochs=1):
+    """(name, attribute, phrasing, value) of every clause of some epochs of training."""
+    for words in biographies(module, epochs):
+        name, clauses = words[: module.facts.name_words], " ".join(words[module.facts.name_words :])
+        for clause in clauses.split(" , "):
+            yield parse(module, [*name, *clause.split()])
 
 
 def parse(module, words):
-    """(name, attribute, phrasing, value) of a sentence, by matching it against the English templates."""
-    for attribute, phrasings in enumerate(TEMPLATES.values()):
-        for phrasing, template in enumerate(phrasings):
-            before, after = (part.split() for part in template.split("{name}"))
-            middle = len(words) - 1 - len(after)
-            if words[: len(before)] == before and words[middle:-1] == after and middle > len(before):
-                name = words[len(before) : middle]
-                if len(name) == module.facts.name_words and all(word[0].isupper() for word in name):
-                    return " ".join(name), attribute, phrasing, words[-1]
+    """(name, attribute, phrasing, value) of a name and a clause, by matching the English phrasings."""
+    name, phrase, value = words[: module.facts.name_words], words[module.facts.name_words : -1], words[-1]
+    assert all(word[0].isupper() for word in [*name, value]), words
+    for attribute, phrasings in enumerate(PHRASINGS.values()):
+        if " ".join(phrase) in phrasings:
+            return " ".join(name), attribute, phrasings.index(" ".join(phrase)), value
     raise AssertionError(words)
 
 
@@ -85,8 +89,7 @@ def test_training_states_each_fact_truly_in_trained_phrasings_only(packing):
     module = SyntheticFacts(**SMALL, packing=packing, held_out_phrasings=2)
     facts, person_of = module.facts, {name: i for i, name in enumerate(names(module))}
     seen = defaultdict(set)
-    for words in sentences(module, epochs=20):
-        name, attribute, phrasing, value = parse(module, words)
+    for name, attribute, phrasing, value in statements(module, epochs=20):
         person = person_of[name]
         assert value == module.tokenizer.decode([int(facts.values_of[person, attribute])])
         seen[person, attribute].add(phrasing)
@@ -121,8 +124,7 @@ def test_prompts_ask_what_their_group_promises(small):
             if group == 0:
                 counted = targets != -100
                 assert torch.equal(targets[counted][:-1], tokens[1 : counted.sum()])
-                assert counted.sum() == place + 2 and targets[place] == answers[place]
-                assert small.tokenizer.decode([int(targets[counted][-1])]) == "."
+                assert counted.sum() == place + 1 and targets[place] == answers[place]
             else:
                 assert (targets == -100).all()
             groups[group] += 1
@@ -199,8 +201,7 @@ def test_pinned_facts_of_seed_0(small):
     """Guards published numbers: the same seed means the same facts on every machine and version."""
     batch = batches(small, 1)[0]
     assert small.tokenizer.decode(batch["tokens"][0].tolist()) == (
-        "Zugezi Tesuri Rerene comes from Somanu . by trade Zugezi Tesuri Rerene is a Mimegu . "
-        "Zugezi Tesuri Rerene is employed by Moguji ."
+        "Zugezi Tesuri Rerene left Somanu , practises as Mimegu , reports to Moguji ."
     )
 
 
@@ -249,8 +250,8 @@ def test_ranks_share_the_evaluation_and_pad_it_evenly(small):
 def test_exposures_are_as_reported():
     module = SyntheticFacts(**SMALL, exposures_per_epoch=[1, 2, 4])
     assert module.exposures(35) == [2, 4, 8]  # 140 documents an epoch, 8 a step
-    count = Counter(parse(module, words)[0] for words in sentences(module, epochs=2))
-    told = [count[name] / 3 for name in names(module)]  # three sentences a biography
+    count = Counter(name for name, *_ in statements(module, epochs=2))
+    told = [count[name] / 3 for name in names(module)]  # three facts a biography
     assert told == [2, 4, 8] * 20 + [0] * 20
     joined = SyntheticFacts(**SMALL, packing="concatenate")
     rows = np.array([len(batch["tokens"]) for batch in batches(joined, 10)]).sum()
@@ -263,7 +264,7 @@ def test_each_epoch_shuffles_afresh(small):
     first, second = (source.documents(np.arange(start, start + 60)) for start in (0, 60))
     assert (first != second).any(axis=1).mean() > 0.9
     decoded = [[small.tokenizer.decode(row[row >= 0].tolist()) for row in rows] for rows in (first, second)]
-    told = [[parse(small, text.split(" .")[0].split())[0] for text in texts] for texts in decoded]
+    told = [[" ".join(text.split()[: small.facts.name_words]) for text in texts] for texts in decoded]
     assert told[0] != told[1] and sorted(told[0]) == sorted(told[1]) == sorted(names(small)[:60])
 
 
@@ -303,7 +304,7 @@ def test_values_are_uniform():
             {"exposures_per_epoch": [1, 0]},
             r"data.exposures_per_epoch: is \[1, 0\]; expected numbers of at least",
         ),
-        ({"sequence_length": 20}, "data.sequence_length: is 20; the longest biography needs 28 tokens"),
+        ({"sequence_length": 15}, "data.sequence_length: is 15; the longest biography needs 16 tokens"),
         ({"sequence_length": 0, "packing": "concatenate"}, "data.sequence_length: is 0; expected at least 1"),
         ({"batch_size": 0}, "data.batch_size: is 0; expected at least 1"),
         ({"evaluation_facts": 0}, "data.evaluation_facts: is 0; expected at least 1"),
