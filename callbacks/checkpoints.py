@@ -10,6 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class Checkpoints(Checkpoint):
@@ -45,9 +46,16 @@ class Checkpoints(Checkpoint):
         self._save(trainer, best)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Validation at the last step has saved the same state already. Saving it again from here would be
-        # wrong, too: Lightning's step count for loggers would then be one too high after a resume.
-        if self._active(trainer) and self._saved_step != trainer.global_step:
+        if self._active(trainer):
+            self._save(trainer, best=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # A scheduler takes the machine away. Lightning raises this after a batch: of training, where the
+        # state is whole unless gradients are being accumulated, or of validation, where it is not. Other
+        # processes need not be at the same place, so there is no collective save.
+        if not isinstance(exception, SIGTERMException) or not self._active(trainer):
+            return
+        if trainer.training and not trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
             self._save(trainer, best=False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,6 +71,10 @@ class Checkpoints(Checkpoint):
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
     def _save(self, trainer: Trainer, best: bool) -> None:
+        # Validation may have saved this very step. To do so again afterwards would be wrong: Lightning's step
+        # count for loggers would be one too high after a resume.
+        if self._saved_step == trainer.global_step:
+            return
         self._saved_step = trainer.global_step
         last = self.directory / "last.ckpt"
         trainer.save_checkpoint(last, weights_only=False)  # all of it, not the weights alone

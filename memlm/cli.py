@@ -9,6 +9,7 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import callbacks
@@ -20,7 +21,7 @@ from data_modules.base import LanguageDataModule
 from memlm.discovery import import_all
 from memlm.errors import ConfigError
 from memlm.language_models import LanguageModel
-from memlm.loggers import MetricsLogger, TensorBoard
+from memlm.loggers import run_loggers
 from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
 from memlm.run_directory import RunConfig, RunFiles
 from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
@@ -165,7 +166,9 @@ class CommandLine(LightningCLI):
             permanent.append(Checkpoints(self.files.checkpoints))
         optional = config.callbacks or []
         kwargs["callbacks"] = permanent + (optional if isinstance(optional, list) else [optional])
-        kwargs["logger"] = self._loggers(config.logger)
+        # Evaluation does not log: its rows would land at step 0 of the run's files.
+        resumed_step = None if self.fresh else self.checkpoint_content["global_step"]
+        kwargs["logger"] = self.verb == "fit" and run_loggers(config.logger, self.run, resumed_step)
         if config.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.run.directory)
         trainer = super().instantiate_trainer(**kwargs)
@@ -190,16 +193,6 @@ class CommandLine(LightningCLI):
             "tokens": self.checkpoint_content.get("tokens_seen"),
         }
 
-    def _loggers(self, chosen: Any) -> Any:
-        # Evaluation does not log: its rows would land at step 0 of the run's files.
-        if self.verb != "fit" or chosen is False:
-            return False
-        resumed = None if self.fresh else self.checkpoint_content["global_step"]
-        metrics = MetricsLogger(self.run.metrics, resumed)
-        if chosen is None or chosen is True:
-            return [metrics, TensorBoard(self.run.directory, resumed)]
-        return [metrics, *(chosen if isinstance(chosen, list) else [chosen])]
-
     # -- running
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -212,6 +205,8 @@ class CommandLine(LightningCLI):
         self.checkpoint_content = {}  # release the file
         try:
             super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            raise SystemExit(128 + signal.SIGTERM) from None  # Lightning's own code would be 0, success
         except SystemExit:
             if not self.trainer.interrupted:
                 raise

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from memlm.run_directory import write_text
+from memlm.run_directory import RunFiles, write_text
 from memlm.run_metrics import complete_lines
 
 
@@ -122,6 +122,22 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Nothing: the writer flushes by itself; the base class would also write an empty hparams.yaml."""
+
+
+def run_loggers(chosen: Any, files: RunFiles, resumed_step: int | None) -> Any:
+    """The loggers of a run: those of the configuration in place of TensorBoard, and always metrics.csv.
+
+    Args:
+        chosen: ``trainer.logger``; null means TensorBoard, false none at all.
+        files: The run directory.
+        resumed_step: Optimizer steps in the run's checkpoint that it continues from, None for a fresh run.
+    """
+    if chosen is False:
+        return False
+    metrics = MetricsLogger(files.metrics, resumed_step)
+    if chosen is None or chosen is True:
+        return [metrics, TensorBoard(files.directory, resumed_step)]
+    return [metrics, *(chosen if isinstance(chosen, list) else [chosen])]
 
 
 def _csv_line(values: list[Any]) -> str:

@@ -1,14 +1,10 @@
 """A tiny run: the real command line, model and data, in a fraction of a second."""
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import yaml
-from lightning.pytorch import Callback
 
 from memlm.__main__ import main
 
@@ -40,29 +36,6 @@ TINY = {
         },
     },
 }
-
-
-class Noise(Callback):
-    """Logs a draw from every generator, so that metrics.csv shows whether random state was restored."""
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        drawn = torch.rand(()).item() + np.random.rand() + random.random()
-        pl_module.log("train/noise", drawn)
-
-
-class Crash(Callback):
-    """Stops the run in the middle of a step, as a bug or a lost machine would.
-
-    Args:
-        step: Optimizer steps taken when it happens.
-    """
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if trainer.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 @pytest.fixture

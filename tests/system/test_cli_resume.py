@@ -11,7 +11,7 @@ import yaml
 
 from memlm.run_metrics import read_metrics
 
-NOISE = "--trainer.callbacks+=conftest.Noise"
+NOISE = "--trainer.callbacks+=toy_callbacks.Noise"
 
 
 def same_state(left: Path, right: Path) -> None:
@@ -75,13 +75,36 @@ def test_stopping_and_continuing_changes_nothing(memlm, stop):
 def test_crash_in_mid_epoch(memlm, accumulate):
     command = ("fit", "--config", "tiny.yaml", NOISE, "--trainer.accumulate_grad_batches", str(accumulate))
     assert memlm(*command, "--run.name", "whole") == 0
-    crash = ("--trainer.callbacks+=conftest.Crash", "--trainer.callbacks.step", "7")
+    crash = ("--trainer.callbacks+=toy_callbacks.Crash", "--trainer.callbacks.step", "7")
     with pytest.raises(RuntimeError, match="crash"):
         memlm(*command, *crash, "--run.name", "cut")
     assert rows("cut")[-1]["step"] == 6
     assert memlm(*command, "--run.name", "cut", "--ckpt_path", "last") == 0
     assert rows("cut") == rows("whole")
     same_state(Path("runs/cut/checkpoints/last.ckpt"), Path("runs/whole/checkpoints/last.ckpt"))
+
+
+@pytest.mark.parametrize(("step", "saved"), [(6, 6), (8, 4)])
+def test_a_terminated_run_continues(memlm, step, saved):
+    """Stopped between two steps it loses nothing; in mid-validation (8) it goes back to the one before."""
+    command = ("fit", "--config", "tiny.yaml", NOISE)
+    assert memlm(*command, "--run.name", "whole") == 0
+    terminate = ("--trainer.callbacks+=toy_callbacks.Terminate", "--trainer.callbacks.step", str(step))
+    with pytest.raises(SystemExit) as ended:
+        memlm(*command, *terminate, "--run.name", "cut")
+    assert ended.value.code == 143
+    assert torch.load("runs/cut/checkpoints/last.ckpt", weights_only=True)["global_step"] == saved
+    assert memlm(*command, "--run.name", "cut", "--ckpt_path", "last") == 0
+    assert rows("cut") == rows("whole")
+    same_state(Path("runs/cut/checkpoints/last.ckpt"), Path("runs/whole/checkpoints/last.ckpt"))
+
+
+def test_no_checkpoint_between_accumulated_batches(memlm):
+    command = ("fit", "--config", "tiny.yaml", "--trainer.accumulate_grad_batches", "2")
+    terminate = ("--trainer.callbacks+=toy_callbacks.Terminate", "--trainer.callbacks.step", "0")
+    with pytest.raises(SystemExit):
+        memlm(*command, *terminate)
+    assert not Path("runs/tiny/checkpoints/last.ckpt").exists()
 
 
 @pytest.mark.slow

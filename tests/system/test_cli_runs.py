@@ -218,7 +218,7 @@ def test_another_logger_stands_beside_metrics_csv(memlm, folder):
 
 def test_callbacks_are_named_by_class_alone_and_appended(memlm, folder):
     (folder / "lr.yaml").write_text("trainer:\n  callbacks+:\n    - class_path: LearningRateMonitor\n")
-    assert memlm(*FIT, "--config", "lr.yaml", "--trainer.callbacks+=conftest.Noise") == 0
+    assert memlm(*FIT, "--config", "lr.yaml", "--trainer.callbacks+=toy_callbacks.Noise") == 0
     rows = read_metrics(Path("runs/tiny/metrics.csv"))
     assert any("train/noise" in row for row in rows)
     assert any(key.startswith("lr-MemoryAdamW") for row in rows for key in row)
