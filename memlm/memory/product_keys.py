@@ -67,21 +67,20 @@ class ProductKeys(nn.Module):
             query.flatten(1, 2).transpose(0, 1), keys.flatten(0, 1).transpose(1, 2).to(query.dtype)
         ).unflatten(0, (self.heads, 2))
         with torch.no_grad():
-            first, second = self._best_half_keys(half_scores)
-        # Only here does autograd look: the backward pass of the search itself would be several sorted
-        # gathers of dense score gradients.
-        scores = half_scores[:, 0].gather(-1, first) + half_scores[:, 1].gather(-1, second)
-        return (first * self.half_keys + second).transpose(0, 1), scores.transpose(0, 1)
+            chosen = self._best_half_keys(half_scores)
+            slots = chosen[:, 0] * self.half_keys + chosen[:, 1]
+        # Only here does autograd look, so that the backward pass is one scatter of the scores chosen.
+        scores = half_scores.gather(-1, chosen).sum(1)
+        return slots.transpose(0, 1), scores.transpose(0, 1)
 
-    def _best_half_keys(self, half_scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Half-key indices ``[H, N, R]`` of both halves of the best slots; half_scores ``[H, 2, N, K]``."""
+    def _best_half_keys(self, half_scores: Tensor) -> Tensor:
+        """Indices ``[H, 2, N, R]`` of the two half keys of the best slots; half_scores ``[H, 2, N, K]``."""
         best, index = top_k(half_scores, self.reads)
         left, right = self.candidates.unbind(1)
         sums = best[:, 0].index_select(-1, left) + best[:, 1].index_select(-1, right)
         _, chosen = top_k(sums, self.reads)
-        first = index[:, 0].gather(-1, left[chosen])
-        second = index[:, 1].gather(-1, right[chosen])
-        return first, second
+        ranks = torch.stack((left[chosen], right[chosen]), dim=1)
+        return index.gather(-1, ranks)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, half_keys={self.half_keys}, reads={self.reads}"
