@@ -1,5 +1,6 @@
 """Checkpoints of a run: ``last.ckpt``, renewed at every validation and at the end, and ``best.ckpt``."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -38,11 +39,11 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._active(trainer):
             return
-        score = trainer.callback_metrics.get(self.monitor)
-        best = score is not None and (self.best_score is None or float(score) < self.best_score)
+        # Without the metric, or where it is not a number, nothing is the best: no number is below NaN.
+        score = float(trainer.callback_metrics.get(self.monitor, math.nan))
+        best = score < (math.inf if self.best_score is None else self.best_score)
         if best:
-            assert score is not None
-            self.best_score = float(score)
+            self.best_score = score
         self._save(trainer, best)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,6 +58,14 @@ def test_last_follows_and_best_stays(tmp_path, trainer):
     assert trainer.saves == 5  # best is a second name, not a second write
 
 
+def test_a_run_that_starts_with_nan_can_still_have_a_best(tmp_path, trainer):
+    callback = Checkpoints(tmp_path)
+    validate(callback, trainer, 2, float("nan"))
+    assert steps(tmp_path) == {"last": 2}
+    validate(callback, trainer, 4, 5.0)
+    assert steps(tmp_path) == {"last": 4, "best": 4}
+
+
 def test_the_end_is_not_saved_twice(tmp_path, trainer):
     callback = Checkpoints(tmp_path)
     callback.on_train_start(trainer, None)
