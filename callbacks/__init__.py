@@ -1,0 +1,11 @@
+"""Callbacks: what watches a run or steps into it.
+
+To add one, write a subclass of `lightning.pytorch.Callback` into a file of this directory and name it in a
+YAML under ``trainer.callbacks`` by its class name.
+"""
+
+from callbacks.samples import Samples
+from callbacks.slot_usage import SlotUsage
+from callbacks.throughput import Throughput
+
+__all__ = ["Samples", "SlotUsage", "Throughput"]
