@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
+
 from memlm.errors import ConfigError
 from memlm.memory.query import QueryNorm
 
@@ -90,6 +92,11 @@ class MemoryConfig:
             if not name.isidentifier():
                 raise ConfigError(
                     "model.memory.layer_pools", f"{name!r} is not a name (letters, digits, underscores)"
+                )
+            if hasattr(nn.ModuleDict, name) or name == "training":
+                raise ConfigError(
+                    "model.memory.layer_pools",
+                    f"{name!r} is an attribute of torch modules; choose another name",
                 )
 
     def placement(self, depth: int) -> list[int]:

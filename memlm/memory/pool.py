@@ -31,7 +31,8 @@ class RowGradient:
         """
         if self._compact is not None:
             raise RuntimeError("RowGradient.add after compact: a backward pass ran between clipping and step")
-        self._reads.append((slots, weights, grad_output))
+        # Detached: the weights would keep the graph of the whole forward pass alive until zero_grad.
+        self._reads.append((slots, weights.detach(), grad_output.detach()))
 
     def compact(self) -> tuple[Tensor, Tensor] | None:
         """The distinct rows ``[U]`` int64 and their summed gradients ``[U, V]``; None if nothing was read."""
