@@ -1,5 +1,6 @@
 """What the model writes: continuations of fixed prompts after every validation."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from callbacks.run_folder import run_folder
 from memlm.errors import ConfigError, DataError
 from memlm.generation import generate
+from memlm.run_directory import write_text
 from memlm.tokenizers import Tokenizer
 
 
@@ -130,9 +132,11 @@ def _indented(text: str) -> str:
 
 
 def _drop_later(path: Path, step: int) -> None:
-    kept: list[str] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        if line.startswith("step ") and int(line.split()[1]) > step:
+    """Ends the file before its first section of a later step."""
+    kept = ""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        section = re.match(r"step (\d+)", line)
+        if section and int(section[1]) > step:
             break
-        kept.append(line)
-    path.write_text("\n".join(kept).rstrip("\n") + "\n" if kept != [""] else "", encoding="utf-8")
+        kept += line
+    write_text(path, kept)
