@@ -21,7 +21,8 @@ class MemoryAdamW(torch.optim.Optimizer):
     - ``memory``: each parameter is a value table ``[S, V]`` whose gradient is a
       :class:`~memlm.memory.RowGradient`. Rows read since ``zero_grad`` get an AdamW update; all others
       keep their values and moments (lazy moments, as in ``torch.optim.SparseAdam``). When every row is
-      read in every step this equals AdamW; with ``weight_decay=0`` it equals SparseAdam. Dense AdamW
+      read in every step this equals AdamW; with ``weight_decay=0`` it equals SparseAdam, but for
+      epsilon, which is added after the bias correction, as in AdamW. Dense AdamW
       would move a row by its old momentum, and decay it, in every step.
 
     Differs from a plain optimizer in two ways that resuming needs: the state is made in the constructor,
@@ -56,16 +57,20 @@ class MemoryAdamW(torch.optim.Optimizer):
         self._row_gradients = dict(row_gradients or {})
         for group in self.param_groups:
             for parameter in group["params"]:
+                # On the CPU, int(step) does not wait for the device; the fused kernel wants it there.
+                step_device = torch.device("cpu")
                 if group["kind"] == "memory":
                     if parameter not in self._row_gradients:
                         raise ValueError("a parameter of a memory group has no row gradient")
                     moment_dtype = torch.promote_types(parameter.dtype, torch.float32)
                 elif group["kind"] == "dense":
                     moment_dtype = parameter.dtype
+                    if _fusible(parameter):
+                        step_device = parameter.device
                 else:
                     raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
                 self.state[parameter] = {
-                    "step": torch.tensor(0.0, device=parameter.device if _fusible(parameter) else "cpu"),
+                    "step": torch.tensor(0.0, device=step_device),
                     "exp_avg": torch.zeros_like(parameter, dtype=moment_dtype),
                     "exp_avg_sq": torch.zeros_like(parameter, dtype=moment_dtype),
                 }
@@ -139,28 +144,38 @@ class MemoryAdamW(torch.optim.Optimizer):
                 weight_decay=group["weight_decay"],
             )
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments and step counts; hyper-parameters stay as constructed.
 
         Raises:
             ValueError: The saved state has other groups, parameters or shapes.
         """
-        saved_shapes = [
-            state_dict["state"][index]["exp_avg"].shape
-            for group in state_dict["param_groups"]
-            for index in group["params"]
-            if index in state_dict["state"]
-        ]
-        own_shapes = [p.shape for group in self.param_groups for p in group["params"]]
-        if saved_shapes != own_shapes:
+        saved_groups = state_dict["param_groups"]
+        saved_sizes = [len(group["params"]) for group in saved_groups]
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if saved_sizes != own_sizes:
             raise ValueError(
-                f"optimizer state does not fit: it holds moments of {[tuple(s) for s in saved_shapes]}, "
-                f"the model has parameters of {[tuple(s) for s in own_shapes]}"
+                f"optimizer state does not fit: its groups hold {saved_sizes} parameters, "
+                f"this optimizer's {own_sizes}"
             )
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, options in zip(self.param_groups, own, strict=True):
-            group.update(options)
+        pairs = [
+            (parameter, state_dict["state"].get(index))
+            for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
+            for parameter, index in zip(group["params"], saved_group["params"], strict=True)
+        ]
+        for number, (parameter, saved) in enumerate(pairs):
+            shape = None if saved is None else tuple(saved["exp_avg"].shape)
+            if shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"optimizer state does not fit: moments {number} have shape {shape}, "
+                    f"the parameter {tuple(parameter.shape)}"
+                )
+        # Copied into the tensors at hand: torch's own would cast moments to the parameter's dtype, leave
+        # step counts on the device they were saved from, and share tensors with the given state.
+        for parameter, saved in pairs:
+            for name, tensor in self.state[parameter].items():
+                tensor.copy_(saved[name])
 
 
 def _fusible(parameter: Tensor) -> bool:

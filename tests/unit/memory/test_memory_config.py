@@ -71,5 +71,5 @@ def test_errors_name_key_and_values(options, key, parts):
 
 
 def test_odd_default_key_dim_is_an_error():
-    with pytest.raises(ConfigError, match="model.memory.key_dim: is 3"):
+    with pytest.raises(ConfigError, match=r"model\.memory\.key_dim: is 3"):
         MemoryConfig().validate(dim=6, depth=12)

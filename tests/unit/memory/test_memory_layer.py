@@ -29,7 +29,7 @@ def build(dtype=torch.float64, seed=0, layers=1, **options):
 
 
 def brute_force(layer: MemoryLayer, parameters: dict, hidden, values):
-    """The layer's formula over explicit full keys and a dense table, nothing shared with the code but names."""
+    """The layer's formula over explicit full keys and a dense table; shares only names with the code."""
     keys = parameters["product_keys.keys"]
     heads, _, half_keys, half = keys.shape
     tokens = hidden.flatten(0, -2)
