@@ -36,6 +36,10 @@ class TransformerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"model.transformer.{name}", f"is {value}, must be at least 1")
+        for name, low in (("rope_theta", 1), ("norm_eps", 0)):
+            value = getattr(self, name)
+            if not value > low:
+                raise ConfigError(f"model.transformer.{name}", f"is {value}, must be above {low}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ConfigError(
                 "model.transformer.heads",

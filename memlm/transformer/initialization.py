@@ -3,15 +3,15 @@
 ===================================  ==================================================================
 parameter                            initial value
 ===================================  ==================================================================
-token embedding, output layer        N(0, 1/sqrt(D)), std 1/sqrt(D)
-linear maps of attention and SwiGLU  N(0, 1/sqrt(fan_in)), std 1/sqrt(fan_in)
+token embedding, output layer        normal, std D^-1/2
+linear maps of attention and SwiGLU  normal, std fan_in^-1/2
 ... that write to the residual       the same, divided by sqrt(2 * layers) (GPT-2's rule)
-norms                                1
-memory: values                       N with std V^-1/2 (released code of the paper)
+norms                                1 (BatchNorm of the query: bias 0)
+memory: values                       normal, std V^-1/2 (released code of the paper)
 memory: half keys                    U(-1/sqrt(key dim), 1/sqrt(key dim)), key dim = both halves
 memory: query network                Xavier uniform, bias 0
 memory: qk gain                      1 (queries and half keys then have unit root mean square)
-memory: gate, projection             N with std out_dim^-1/2, bias 0
+memory: gate, projection             normal, std out_dim^-1/2, bias 0
 ===================================  ==================================================================
 """
 
@@ -45,6 +45,8 @@ def initialise(model: "Transformer") -> None:
             _fan_in(module.gate)
             _fan_in(module.up)
             _fan_in(module.down, residual_scale)
+        elif isinstance(module, nn.RMSNorm | nn.BatchNorm1d):
+            module.reset_parameters()
         elif isinstance(module, MemoryLayer):
             _memory_layer(module)
         elif isinstance(module, MemoryPool):
