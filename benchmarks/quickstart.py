@@ -1,0 +1,95 @@
+"""The quickstart's comparison over several seeds: memory against dense, at equal tokens and at equal time.
+
+    python benchmarks/quickstart.py --json benchmarks/results/quickstart.json
+
+Runs `memlm fit` on the two quickstart configs, one run after another (give it the machine alone), and
+prints one row for each setting: Memory+, the dense twin at each learning rate (same data, tokens and
+FLOPs), the best of them over all seeds, and the dense twin trained for as many seconds as the memory
+model took. A seed changes facts, order and initial values.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+METRICS = ("val/recall", "val/recall_seen_phrasing", "val/recall_control", "val/loss")
+
+
+def fit(root: Path, name: str, config: str, seed: int, *flags: str) -> dict[str, Any]:
+    """One run: its last validation, its training seconds and steps."""
+    command = [sys.executable, "-m", "memlm", "fit", "--config", f"configs/{config}.yaml"]
+    command += [f"--run.root={root}", f"--run.name={name}", f"--seed_everything={seed}"]
+    command += [f"--data.seed={seed}", "--trainer.enable_progress_bar=false", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    header, *rows = [line.split(",") for line in (root / name / "metrics.csv").read_text().split()]
+    table = [dict(zip(header, row, strict=True)) for row in rows]
+    last = [row for row in table if row.get("val/recall")][-1]
+    environment = json.loads((root / name / "environment.json").read_text())
+    result = {metric: float(last[metric]) for metric in METRICS}
+    result |= {"seed": seed, "steps": int(last["step"]), "train_seconds": environment["train_seconds"]}
+    print(f"  {name}: recall {result['val/recall']:.3f}, {result['train_seconds']:.0f} s", flush=True)
+    return result
+
+
+def main() -> None:
+    """Run everything, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dense_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    seeds = range(arguments.seeds)
+    settings: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        memory = [fit(root, f"memory_{seed}", "quickstart", seed) for seed in seeds]
+        settings["Memory+"] = memory
+        for rate in arguments.dense_rates:
+            flag = f"--model.optimizer.learning_rate={rate}"
+            name = f"dense, rate {rate:g}"
+            settings[name] = [fit(root, f"dense_{rate:g}_0", "quickstart_dense", 0, flag)]
+        best = max(arguments.dense_rates, key=lambda r: settings[f"dense, rate {r:g}"][0]["val/recall"])
+        flag = f"--model.optimizer.learning_rate={best}"
+        dense = settings[f"dense, rate {best:g}"]
+        dense += [fit(root, f"dense_{best:g}_{seed}", "quickstart_dense", seed, flag) for seed in seeds[1:]]
+        step_seconds = mean(run["train_seconds"] / run["steps"] for run in dense)
+        steps = round(mean(run["train_seconds"] for run in memory) / step_seconds)
+        settings[f"dense, rate {best:g}, as many seconds as Memory+"] = [
+            fit(root, f"dense_long_{seed}", "quickstart_dense", seed, flag,
+                f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}")
+            for seed in seeds
+        ]  # fmt: skip
+    print(f"{'setting':44} {'steps':>6} {'seconds':>8}  recall of held-out phrasings, by seed")
+    for name, runs in settings.items():
+        recall = " ".join(f"{run['val/recall']:.3f}" for run in runs)
+        seconds = mean(run["train_seconds"] for run in runs)
+        print(f"{name:44} {runs[0]['steps']:6} {seconds:8.0f}  {recall}")
+    if arguments.json:
+        content = {
+            "command": " ".join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]),
+            "machine": f"{platform.machine()}, {platform.processor()}",
+            "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
+            "configs": {
+                name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
+                for name in ("quickstart", "quickstart_dense")
+            },
+            "settings": settings,
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
