@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.errors import CheckpointError, ConfigError
 from memlm.flops import Counts, count
 from memlm.memory import MemoryConfig, MemoryPool
-from memlm.metrics import IGNORED, FactRecall, TokenLoss
+from memlm.metrics import IGNORED, FactRecall, TokenLoss, summed_loss
 from memlm.optim import MemoryAdamW, Schedule, ScheduleConfig, assign, clip_gradients
 from memlm.transformer import Transformer, TransformerConfig
 
@@ -111,9 +110,11 @@ class LanguageModel(pl.LightningModule):
             self._check_trainer()
         data = getattr(self.trainer, "datamodule", None)
         token_bytes = data.tokenizer.token_bytes if data is not None else None
+        # The module itself is moved to the device only after this hook.
+        device = self.trainer.strategy.root_device
         for name in ("val", "test"):
-            self.losses[name] = TokenLoss(token_bytes).to(self.device)
-            self.recalls[name] = FactRecall().to(self.device)
+            self.losses[name] = TokenLoss(token_bytes).to(device)
+            self.recalls[name] = FactRecall().to(device)
         if self._compile:
             self.transformer.compile()
 
@@ -138,9 +139,11 @@ class LanguageModel(pl.LightningModule):
         return self.transformer(tokens, documents)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean next-token loss of the batch's counted targets (nats)."""
+        """Mean next-token loss of the batch's counted targets (nats); 0 if it has none."""
         logits = self(batch["tokens"], batch.get("documents"))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["targets"].flatten(), ignore_index=IGNORED)
+        # A mean over no target would be NaN, and one such batch the end of the run.
+        counted = (batch["targets"] != IGNORED).sum().clamp(min=1)
+        loss = summed_loss(logits, batch["targets"]) / counted
         self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/tokens", float(self.tokens_seen))
@@ -212,6 +215,8 @@ class LanguageModel(pl.LightningModule):
 
     def _log_metrics(self, stage: str) -> None:
         for metric in (self.losses[stage], self.recalls[stage]):
+            if not metric.update_called:  # no facts in this data
+                continue
             for name, value in metric.compute().items():
                 # The metric has reduced over ranks already.
                 self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "recall"), rank_zero_only=False)
@@ -220,7 +225,7 @@ class LanguageModel(pl.LightningModule):
             self.log("train/tokens", float(self.tokens_seen))
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """For every row of an evaluation batch: the prompt, the right answer and the greedy one."""
+        """For every question of an evaluation batch: the prompt, the right answer and the greedy one."""
         if "answers" not in batch:
             raise ConfigError("data", "has no questions to predict answers for; memlm predict needs facts")
         best = self(batch["tokens"], batch.get("documents")).argmax(-1)
@@ -230,6 +235,8 @@ class LanguageModel(pl.LightningModule):
             batch["tokens"], batch["answers"], best, batch["group"], strict=True
         ):
             asked = answers != IGNORED
+            if not asked.any():  # a row that only pads the batch
+                continue
             first = int(asked.nonzero()[0])
             records.append(
                 {
@@ -313,6 +320,10 @@ def _check_optimizer(key: str, config: OptimizerConfig | ValuesOptimizerConfig) 
         raise ConfigError(f"{key}.betas", f"is {config.betas}, both must be at least 0 and below 1")
     if config.weight_decay < 0:
         raise ConfigError(f"{key}.weight_decay", f"is {config.weight_decay}, must not be negative")
+    if config.eps < 0:
+        raise ConfigError(f"{key}.eps", f"is {config.eps}, must not be negative")
+    if isinstance(config, ValuesOptimizerConfig) and config.clip is not None and config.clip <= 0:
+        raise ConfigError(f"{key}.clip", f"is {config.clip}, must be positive; null clips nothing")
     config.schedule.validate(f"{key}.schedule")
 
 

@@ -14,6 +14,17 @@ RECALL_GROUPS = ("recall", "recall_seen_phrasing", "recall_control")
 """Metric name of each value of a batch's ``group``: held-out phrasing, trained phrasing, untrained facts."""
 
 
+def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed next-token loss (nats), in fp32 (fp64 for fp64 logits); 0 if no target is counted.
+
+    Args:
+        logits: ``[B, T, vocab]``.
+        targets: ``[B, T]`` int64, -100 where not counted.
+    """
+    logits = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 class TokenLoss(Metric):
     """Loss per token (nats), perplexity, and bits per UTF-8 byte of the counted targets.
 
@@ -25,6 +36,7 @@ class TokenLoss(Metric):
     """
 
     full_state_update = False
+    token_bytes: Tensor | None
     nats: Tensor
     tokens: Tensor
     bytes: Tensor
@@ -38,10 +50,7 @@ class TokenLoss(Metric):
     def update(self, logits: Tensor, targets: Tensor) -> None:
         """Add a batch: logits ``[B, T, vocab]``, targets ``[B, T]`` with -100 where not counted."""
         counted = targets != IGNORED
-        loss = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        self.nats += loss.double()
+        self.nats += summed_loss(logits, targets).double()
         self.tokens += counted.sum()
         if self.token_bytes is not None:
             self.bytes += self.token_bytes[targets.clamp(min=0)].mul(counted).sum()
@@ -74,11 +83,19 @@ class FactRecall(Metric):
             self.add_state(name, torch.zeros(len(RECALL_GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, answers: Tensor, group: Tensor) -> None:
-        """Add a batch: logits ``[B, T, vocab]``, answers ``[B, T]`` (-100 elsewhere), group ``[B]``."""
-        right = (logits.argmax(-1) == answers) | (answers == IGNORED)
-        recalled = right.all(dim=1).double()
-        self.recalled.index_add_(0, group, recalled)
-        self.asked.index_add_(0, group, torch.ones_like(recalled))
+        """Add a batch.
+
+        Args:
+            logits: ``[B, T, vocab]``.
+            answers: ``[B, T]`` int64, -100 where nothing is asked; rows without any answer do not count.
+            group: ``[B]`` int64, index into RECALL_GROUPS; rows of group -1 (padding) do not count.
+        """
+        expected = answers != IGNORED
+        asked = (expected.any(dim=1) & (group >= 0)).double()
+        recalled = ((logits.argmax(-1) == answers) | ~expected).all(dim=1) * asked
+        index = group.clamp(min=0)
+        self.recalled.index_add_(0, index, recalled)
+        self.asked.index_add_(0, index, asked)
 
     def compute(self) -> dict[str, Tensor]:
         """Recall of every group that was asked for."""
