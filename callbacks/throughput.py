@@ -176,7 +176,7 @@ class Throughput(Callback):
 
 
 class _FetchTimer(Profiler):
-    """Times the fetching of training batches; passes everything on to the Trainer's own profiler.
+    """Times the fetching of training batches, and tells the Trainer's own profiler, which it stands in for.
 
     Neither callbacks nor data modules have a hook before a batch is fetched, and the time between two batches
     holds other callbacks' work and, where metrics are turned into numbers, waiting for the GPU.
@@ -202,15 +202,6 @@ class _FetchTimer(Profiler):
         if action_name == _FETCH and self.counts():
             self.seconds += perf_counter() - self._since
         self.inner.stop(action_name)
-
-    def summary(self) -> str:
-        return self.inner.summary()
-
-    def describe(self) -> None:
-        self.inner.describe()
-
-    def teardown(self, stage: str | None) -> None:
-        self.inner.teardown(stage)
 
 
 def _finish_queued_work(device: torch.device) -> None:

@@ -106,6 +106,13 @@ def test_top_k_leaves_the_likeliest_only():
     assert set(everything) == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.25, 1), (0.5, 2), (1.0, 2)])
+def test_tokens_without_probability_are_never_drawn(monkeypatch, draw, token):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **options: torch.full(shape, draw, dtype=dtype))
+    model = Fixed([float("-inf"), 2.0, 2.0])
+    assert generate(model, [[0]], 1, temperature=1.0) == [[token]]
+
+
 def test_a_tiny_temperature_is_greedy():
     logits = [500.0, 501.0, 500.5]
     assert generate(Fixed(logits), [[0]], 5, temperature=1e-6, seed=0) == [[1] * 5]

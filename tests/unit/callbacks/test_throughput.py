@@ -185,6 +185,14 @@ def test_the_profiler_of_the_user_keeps_working(fit):
     assert not profiler.current_actions
 
 
+def test_the_report_of_the_profiler_is_complete(fit, tmp_path):
+    # A profiler closes its file when it is collected; the one that stands in for it must not do so.
+    callback = Throughput()
+    fit(callback, profiler=SimpleProfiler(dirpath=tmp_path, filename="profile"))
+    callback._fetches = None
+    assert "train_dataloader_next" in (tmp_path / "fit-profile.txt").read_text()
+
+
 def test_a_failed_run_gives_the_profiler_back_and_stops_the_clock(fit, clock):
     class Breaks(SlowModel):
         def validation_step(self, batch, batch_idx):
