@@ -22,8 +22,8 @@ class MemoryAdamW(torch.optim.Optimizer):
       :class:`~memlm.memory.RowGradient`. Rows read since ``zero_grad`` get an AdamW update; all others
       keep their values and moments (lazy moments, as in ``torch.optim.SparseAdam``). When every row is
       read in every step this equals AdamW; with ``weight_decay=0`` it equals SparseAdam, but for
-      epsilon, which is added after the bias correction, as in AdamW. Dense AdamW
-      would move a row by its old momentum, and decay it, in every step.
+      epsilon, which is added after the bias correction, as in AdamW. Dense AdamW would move a row by
+      its old momentum, and decay it, in every step.
 
     Differs from a plain optimizer in two ways that resuming needs: the state is made in the constructor,
     and ``load_state_dict`` restores state but keeps the hyper-parameters given to the constructor, so
