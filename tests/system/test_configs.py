@@ -1,0 +1,92 @@
+"""Every YAML that is shipped builds, trains and prints itself."""
+
+import json
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import yaml
+
+from memlm.__main__ import main
+from memlm.run_metrics import read_metrics
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+BASE = CONFIGS / "quickstart.yaml"
+
+
+def content(file: Path) -> dict:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+def name(file: Path) -> str:
+    return str(file.relative_to(CONFIGS))
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """What makes a command of a file: the file, a base where it is an overlay, and text where it has none."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MEMLM_TRACEBACK", raising=False)
+
+    def words(file: Path) -> list[str]:
+        files = [file] if "model" in content(file) else [BASE, file]
+        command = [word for path in files for word in ("--config", str(path))]
+        if content(files[0])["data"]["class_path"] == "TextStream":
+            lines = [json.dumps({"text": text}) for text in topics.values()]
+            (tmp_path / "topics.jsonl").write_text("\n".join(lines))
+            command.append('--data.paths=["topics.jsonl"]')
+        return command
+
+    return words
+
+
+def fit(command: list[str], *more: str) -> int:
+    two_steps = (
+        *("--trainer.max_steps", "2", "--trainer.val_check_interval", "2"),
+        *("--trainer.limit_val_batches", "1", "--trainer.log_every_n_steps", "1"),
+        *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    )
+    return main(["fit", *command, "--run.name", "two", *two_steps, *more])
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_two_steps_and_a_validation(arguments, file):
+    assert fit(arguments(file)) == 0
+    rows = read_metrics(Path("runs/two/metrics.csv"))
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2]
+    assert any(row["step"] == 2 and row["val/loss"] > 0 for row in rows if "val/loss" in row)
+
+
+@pytest.mark.parametrize("file", FILES, ids=name)
+def test_print_config_prints_a_config(arguments, file, capsys):
+    def printed(*command: str) -> str:
+        with pytest.raises(SystemExit) as done:
+            main(["fit", *command, "--print_config"])
+        assert done.value.code == 0
+        return capsys.readouterr().out
+
+    first = printed(*arguments(file))
+    Path("printed.yaml").write_text(first)
+    assert yaml.safe_load(printed("--config", "printed.yaml")) == yaml.safe_load(first)
+
+
+def test_the_dense_twin_differs_in_nothing_but_the_model(arguments):
+    """Same data, tokens and validations, and forward FLOPs a token that are equal within 1 %."""
+    memory, dense = (content(CONFIGS / f"quickstart{suffix}.yaml") for suffix in ("", "_dense"))
+    assert memory["data"] == dense["data"]
+    for key in ("max_steps", "val_check_interval"):
+        assert memory["trainer"][key] == dense["trainer"][key]
+    flops = {}
+    for suffix in ("", "_dense"):
+        assert fit(arguments(CONFIGS / f"quickstart{suffix}.yaml"), "--run.root", f"runs{suffix}") == 0
+        flops[suffix] = json.loads(Path(f"runs{suffix}/two/model.json").read_text())["flops_per_token"]
+    assert flops["_dense"] == pytest.approx(flops[""], rel=0.01)
+
+
+def test_the_text_config_asks_for_paths(arguments, capsys):
+    """Its paths are a placeholder: without the user's own, one line names the key, and nothing is left."""
+    assert fit(["--config", str(CONFIGS / "text.yaml")]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "data.paths: matches no file" in line
+    assert not Path("runs").exists()
