@@ -13,7 +13,7 @@ from memlm.run_directory import RunFiles, describe_environment, now, write_json,
 
 
 class RunDirectory(Callback):
-    """Claims the run directory once the data is read, writes what describes the run, keeps its clock.
+    """Claims the run directory once all is set up, writes what describes the run, keeps its clock.
 
     Training seconds are those from the first batch on without validation and what follows it until the next
     batch (checkpoints, samples); both clocks are part of the checkpoint, so that they continue over a resume.
@@ -49,10 +49,19 @@ class RunDirectory(Callback):
 
     # -- fit
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning calls this after the data module's setup: a missing file leaves no directory behind.
-        if stage != "fit" or not self._writes(trainer):
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning calls this after every setup: a missing file or a callback's bad option leaves no
+        # directory behind. This callback comes first, so that the directory is there for the others.
+        if self._writes(trainer):
+            self._begin()
+        if not trainer.is_global_zero:
             return
+        description = describe_model(trainer, pl_module)
+        print(summary(description))
+        if self._writes(trainer):
+            write_json(self.files.model, description)
+
+    def _begin(self) -> None:
         self.files.claim(self.fresh)
         write_text(self.files.config, self.config)
         self._environment = describe_environment(self.arguments)
@@ -62,14 +71,6 @@ class RunDirectory(Callback):
             previous = json.loads(self.files.environment.read_text(encoding="utf-8"))
             self._environment["earlier"] = [*previous.pop("earlier", []), previous]
         write_json(self.files.environment, self._environment)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
-        description = describe_model(trainer, pl_module)
-        print(summary(description))
-        if self._writes(trainer):
-            write_json(self.files.model, description)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -165,7 +166,11 @@ class CommandLine(LightningCLI):
         if config.enable_checkpointing is not False:
             permanent.append(Checkpoints(self.files.checkpoints))
         optional = config.callbacks or []
-        kwargs["callbacks"] = permanent + (optional if isinstance(optional, list) else [optional])
+        optional = optional if isinstance(optional, list) else [optional]
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in optional):
+            # Steps of a small model take milliseconds: every tenth is often enough to draw.
+            permanent.append(TQDMProgressBar(refresh_rate=10))
+        kwargs["callbacks"] = permanent + optional
         # Evaluation does not log: its rows would land at step 0 of the run's files.
         resumed_step = None if self.fresh else self.checkpoint_content["global_step"]
         kwargs["logger"] = self.verb == "fit" and run_loggers(config.logger, self.run, resumed_step)

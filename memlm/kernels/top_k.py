@@ -6,6 +6,7 @@ from torch import Tensor
 
 # Elements of one packed chunk: 256 KB of int64, inside a core's second-level cache.
 _CHUNK_ELEMENTS = 32_768
+_SHORT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -13,10 +14,10 @@ _CHUNK_ELEMENTS = 32_768
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The ``k`` largest of each row, in descending order, and where they stand.
 
-    On the CPU fp32 rows are packed into integers, the score's bits above and the index below, and
-    partitioned by numpy's vectorised selection: 10 to 20 times faster than ``torch.topk``, which moves
-    (value, index) pairs one at a time. It breaks ties by the lower index; ``torch.topk``, used for all
-    else, leaves them open.
+    On the CPU, rows of fp32 or shorter floats are packed into integers, the score's bits above and the
+    index below, and partitioned by numpy's vectorised selection, several times faster than ``torch.topk``,
+    which moves (value, index) pairs one at a time. It breaks ties by the lower index; ``torch.topk``, used
+    for all else, leaves them open.
 
     Args:
         scores: ``[..., K]`` floating point, without NaN.
@@ -26,7 +27,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
         values: ``[..., k]`` in the dtype of ``scores``.
         indices: ``[..., k]`` int64.
     """
-    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.numel() == 0:
+    if scores.device.type != "cpu" or scores.dtype not in _SHORT_DTYPES or scores.numel() == 0:
         values, indices = scores.topk(k, dim=-1)
         return values, indices
     columns = scores.shape[-1]
@@ -36,7 +37,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(columns - 1, -1, -1)
     step = max(1, _CHUNK_ELEMENTS // columns)
     for start in range(0, rows.shape[0], step):
-        bits = rows[start : start + step].view(torch.int32)
+        bits = rows[start : start + step].float().view(torch.int32)
         # Flipping the lower 31 bits of negative floats makes their order that of signed integers.
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         packed = ((ordered.to(torch.int64) << 32) | position).numpy()

@@ -29,8 +29,12 @@ class RowGradient:
             weights: ``[N, L]``.
             grad_output: ``[N, V]`` gradient of the read's output.
         """
-        if self._compact is not None:
-            raise RuntimeError("RowGradient.add after compact: a backward pass ran between clipping and step")
+        if self._compact is not None:  # somebody looked at it between two micro-batches
+            rows, sums = self._compact
+            self._reads.append(
+                (rows.unsqueeze(1), torch.ones_like(rows, dtype=sums.dtype).unsqueeze(1), sums)
+            )
+            self._compact = None
         # Detached: the weights would keep the graph of the whole forward pass alive until zero_grad.
         self._reads.append((slots, weights.detach(), grad_output.detach()))
 

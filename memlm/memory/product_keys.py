@@ -59,7 +59,8 @@ class ProductKeys(nn.Module):
 
         Returns:
             slots: ``[N, H, R]`` int64, in descending order of score.
-            scores: ``[N, H, R]``, differentiable in query and keys.
+            scores: ``[N, H, R]``, differentiable in query and keys; fp32 sums, whatever the dtype of the
+                half scores (fp64 for fp64).
         """
         keys = self.keys if keys is None else keys
         # One matrix product for each head and half: [H*2, N, C] x [H*2, C, K].
@@ -70,12 +71,13 @@ class ProductKeys(nn.Module):
             chosen = self._best_half_keys(half_scores)
             slots = chosen[:, 0] * self.half_keys + chosen[:, 1]
         # Only here does autograd look, so that the backward pass is one scatter of the scores chosen.
-        scores = half_scores.gather(-1, chosen).sum(1)
+        scores = _at_least_fp32(half_scores.gather(-1, chosen)).sum(1)
         return slots.transpose(0, 1), scores.transpose(0, 1)
 
     def _best_half_keys(self, half_scores: Tensor) -> Tensor:
         """Indices ``[H, 2, N, R]`` of the two half keys of the best slots; half_scores ``[H, 2, N, K]``."""
         best, index = top_k(half_scores, self.reads)
+        best = _at_least_fp32(best)
         left, right = self.candidates.unbind(1)
         sums = best[:, 0].index_select(-1, left) + best[:, 1].index_select(-1, right)
         _, chosen = top_k(sums, self.reads)
@@ -84,3 +86,8 @@ class ProductKeys(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, half_keys={self.half_keys}, reads={self.reads}"
+
+
+def _at_least_fp32(scores: Tensor) -> Tensor:
+    """Two bf16 half scores add up to more digits than bf16 has: rounded, 2 % of the slots would differ."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

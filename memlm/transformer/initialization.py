@@ -10,7 +10,7 @@ norms                                1 (BatchNorm of the query: bias 0)
 memory: values                       normal, std V^-1/2 (released code of the paper)
 memory: half keys                    U(-1/sqrt(key dim), 1/sqrt(key dim)), key dim = both halves
 memory: query network                Xavier uniform, bias 0
-memory: qk gain                      1 (queries and half keys then have unit root mean square)
+memory: qk gain                      sqrt(8/C): scores then have std 4 whatever the half-key dim C
 memory: gate, projection             normal, std out_dim^-1/2, bias 0
 ===================================  ==================================================================
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from memlm.memory import MemoryLayer, MemoryPool
+from memlm.memory import MemoryLayer, MemoryPool, candidate_pairs
 from memlm.transformer.attention import Attention
 from memlm.transformer.feed_forward import SwiGLU
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def initialise(model: "Transformer") -> None:
-    """Fill all parameters of a transformer from torch's global random generator."""
+    """Fill all parameters and buffers of a transformer from torch's global random generator."""
     residual_scale = (2 * model.config.layers) ** -0.5
     nn.init.normal_(model.embedding.weight, std=model.config.dim**-0.5)
     if not model.config.tie_embeddings:
@@ -58,12 +58,14 @@ def _fan_in(linear: nn.Linear, scale: float = 1.0) -> None:
 
 
 def _memory_layer(layer: MemoryLayer) -> None:
+    layer.product_keys.candidates.copy_(candidate_pairs(layer.product_keys.reads))  # after meta
     bound = (2 * layer.product_keys.half_key_dim) ** -0.5
     nn.init.uniform_(layer.product_keys.keys, -bound, bound)
     nn.init.xavier_uniform_(layer.query.linear.weight)
     nn.init.zeros_(layer.query.linear.bias)
     if layer.query.qk_gain is not None:
-        nn.init.ones_(layer.query.qk_gain)
+        # With a gain of 1 the scores' std would be sqrt(2 C), and the softmax of a wide model one-hot.
+        nn.init.constant_(layer.query.qk_gain, (8 / layer.product_keys.half_key_dim) ** 0.5)
     for linear in (layer.gate, layer.projection):
         if linear is not None:
             nn.init.normal_(linear.weight, std=linear.out_features**-0.5)

@@ -24,7 +24,7 @@ def trainer():
 
 def test_clocks(tmp_path, clock, trainer):
     callback = RunDirectory(RunFiles(tmp_path / "run"), "a: 1\n", ["fit"])
-    callback.setup(trainer, None, "fit")
+    callback._begin()
 
     def batch(seconds):
         callback.on_train_batch_start(trainer, None, None, 0)
@@ -54,11 +54,13 @@ def test_clocks_continue_over_a_resume(tmp_path, clock, trainer):
     assert callback.state_dict() == {"train_seconds": 42, "validation_seconds": 5}
 
 
-def test_other_ranks_and_dry_runs_write_nothing(tmp_path, trainer):
+def test_other_ranks_and_dry_runs_write_nothing(tmp_path, trainer, monkeypatch):
+    monkeypatch.setattr(run_directory, "describe_model", lambda *_: {})
+    monkeypatch.setattr(run_directory, "summary", lambda _: "")
     for change in ({"is_global_zero": False}, {"fast_dev_run": 2}):
         other = SimpleNamespace(**vars(trainer) | change)
         callback = RunDirectory(RunFiles(tmp_path / "run"))
-        callback.setup(other, None, "fit")
+        callback.on_fit_start(other, None)
         callback.on_train_end(other, SimpleNamespace(tokens_seen=1))
         callback.on_test_end(other, None)
     assert not (tmp_path / "run").exists()

@@ -32,9 +32,7 @@ def test_read_and_gradients_equal_autograd_of_a_gather(shape, skewed, monkeypatc
     expected.backward(grad)
 
     torch.testing.assert_close(reference.weighted_read(values, slots, weights), expected)
-    torch.testing.assert_close(
-        reference.read_weight_gradient(values, slots, grad), dense_weights.grad
-    )
+    torch.testing.assert_close(reference.read_weight_gradient(values, slots, grad), dense_weights.grad)
     tokens = torch.arange(shape[0]).repeat_interleave(shape[1])
     rows, sums = reference.row_gradients(slots.flatten(), weights.flatten(), tokens, grad)
     assert rows.tolist() == sorted(set(slots.flatten().tolist()))
@@ -51,13 +49,11 @@ def test_fp32_read_equals_embedding_bag_with_dense_gradient():
 
 
 def test_bf16_row_gradients_are_summed_in_fp32():
-    values, slots, weights, grad = draw(400, 20, 3, 8, skewed=True)
+    _, slots, weights, grad = draw(400, 20, 3, 8, skewed=True)
     tokens = torch.arange(400).repeat_interleave(20)
     grad, weights = grad.bfloat16(), weights.float()
     _, sums = reference.row_gradients(slots.flatten(), weights.flatten(), tokens, grad)
-    _, expected = reference.row_gradients(
-        slots.flatten(), weights.double().flatten(), tokens, grad.double()
-    )
+    _, expected = reference.row_gradients(slots.flatten(), weights.double().flatten(), tokens, grad.double())
     assert sums.dtype == torch.float32
     torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-3)
 

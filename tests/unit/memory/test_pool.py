@@ -31,8 +31,12 @@ def test_row_gradient_sums_norms_and_scales_like_a_dense_one():
     gradient.scale_(0.25)
     rows, sums = gradient.compact()
     torch.testing.assert_close(torch.zeros_like(dense).index_copy_(0, rows, sums), dense * 0.25)
-    with pytest.raises(RuntimeError, match="add after compact"):
-        gradient.add(slots, weights, grad)
+    gradient.add(slots, weights, grad)  # the next micro-batch, after somebody looked at the norm
+    added = torch.zeros_like(dense).index_add_(
+        0, slots.flatten(), (weights.unsqueeze(-1) * grad.unsqueeze(1)).flatten(0, 1)
+    )
+    rows, sums = gradient.compact()
+    torch.testing.assert_close(torch.zeros_like(dense).index_copy_(0, rows, sums), dense * 0.25 + added)
     gradient.clear()
     assert gradient.compact() is None and gradient.norm() is None
     gradient.scale_(2.0)  # of nothing

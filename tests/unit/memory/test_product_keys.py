@@ -13,7 +13,9 @@ def test_candidates_are_the_pairs_under_the_hyperbola(reads, count):
     assert pairs == {(i, j) for i in range(reads) for j in range(reads) if (i + 1) * (j + 1) <= reads}
 
 
-@pytest.mark.parametrize("heads,half_keys,dim,reads", [(1, 1, 1, 1), (3, 9, 4, 9), (2, 40, 6, 16), (4, 33, 8, 5)])
+@pytest.mark.parametrize(
+    "heads,half_keys,dim,reads", [(1, 1, 1, 1), (3, 9, 4, 9), (2, 40, 6, 16), (4, 33, 8, 5)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ties", [False, True])
 def test_equals_full_search(heads, half_keys, dim, reads, dtype, ties):
@@ -51,3 +53,19 @@ def test_gradients_equal_those_of_the_full_search():
     full.gather(-1, slots).backward(grad)
     torch.testing.assert_close(query.grad, full_query.grad)
     torch.testing.assert_close(layer.keys.grad, full_keys.grad)
+
+
+def test_bf16_half_scores_are_added_in_fp32():
+    generator = torch.Generator().manual_seed(2)
+    layer = ProductKeys(2, 64, 8, 16)
+    layer.keys.data = torch.randn(2, 2, 64, 8, generator=generator)
+    query = torch.randn(100, 2, 2, 8, generator=generator).bfloat16()
+    slots, scores = layer(query)
+    half = torch.bmm(
+        query.flatten(1, 2).transpose(0, 1), layer.keys.flatten(0, 1).transpose(1, 2).bfloat16()
+    ).float()
+    half = half.unflatten(0, (2, 2)).transpose(0, 2).transpose(1, 2)  # [N, H, 2, K]
+    full = (half[:, :, 0, :, None] + half[:, :, 1, None, :]).flatten(2)
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, full.topk(16).values)
+    assert torch.equal(full.gather(-1, slots), scores)

@@ -67,7 +67,9 @@ def test_bounds_constants_and_norms(model):
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):
                 assert (parameter == 0).all(), name
-            elif "norm" in name or name.endswith("qk_gain"):
+            elif name.endswith("qk_gain"):
+                assert torch.allclose(parameter, torch.tensor(16 / KEY_DIM).sqrt()), name
+            elif "norm" in name:
                 assert (parameter == 1).all(), name
 
 
