@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import zstandard
 
 from memlm.run_metrics import read_metrics
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [topics[name] for name in sorted(topics)]
 
 CONFIG = {
@@ -144,7 +146,7 @@ def test_a_broken_line_in_a_real_process(folder):
         [sys.executable, "-m", "memlm", "fit", "--config", "fit.yaml"],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
@@ -160,7 +162,8 @@ def test_a_broken_line_is_skipped_only_if_asked_for_and_counted(run, error, capl
     assert message.startswith("text.jsonl:11: holds a JSON list; expected an object with key 'text'")
     # The share held out of so few texts may be none at all.
     skip = ("--data.skip_malformed", "true", "--data.validation_fraction", "0")
-    with pytest.warns(UserWarning, match="skipped a malformed record.*text.jsonl:11"):
+    told = caplog.at_level(logging.INFO, logger="lightning.pytorch")
+    with told, pytest.warns(UserWarning, match="skipped a malformed record.*text.jsonl:11"):
         assert run("fit", *skip, "--run.name", "skipping") == 0
     assert "1 epochs read; 1 malformed records skipped" in caplog.text
 
