@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from memlm.errors import CheckpointError, ConfigError
@@ -130,6 +131,11 @@ class LanguageModel(pl.LightningModule):
                 "trainer.precision",
                 f"is {self.trainer.precision}; a loss scale does not reach the row gradients. "
                 "Use 32-true or bf16-mixed",
+            )
+        if self.trainer.precision == "bf16-true":
+            rank_zero_warn(
+                "trainer.precision is bf16-true: updates of a value below 1/256 of it are rounded away; "
+                "bf16-mixed keeps the values in fp32"
             )
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError("trainer.gradient_clip_algorithm", "must be norm: row gradients know no other")

@@ -1,6 +1,5 @@
 """The LightningModules under a real Trainer on tiny made-up facts."""
 
-import logging
 import math
 import warnings
 
@@ -20,7 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
     pytest.mark.filterwarnings("ignore:.*sync_dist=True.*"),
 ]
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
 
 TINY = TransformerConfig(dim=16, layers=2, heads=2, feed_forward_dim=32)
 FAST = OptimizerConfig(learning_rate=1e-2)
@@ -171,6 +170,13 @@ def test_trainer_settings_that_row_gradients_cannot_have(options, key):
     dense.setup("fit")  # none of it concerns a dense model
 
 
+def test_values_in_bf16_get_a_warning():
+    model = build(MemoryLM, facts())
+    model.trainer = trainer(precision="bf16-true")
+    with pytest.warns(UserWarning, match="bf16-mixed keeps the values in fp32"):
+        model.setup("fit")
+
+
 def test_training_without_max_steps_is_an_error():
     data = facts()
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
@@ -190,7 +196,7 @@ def test_a_batch_without_targets_costs_nothing():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-class PaddedFacts(SyntheticFacts):
+class WithPaddingRows(SyntheticFacts):
     """Evaluation batches end with rows of padding, as they do where ranks share them unevenly."""
 
     def on_after_batch_transfer(self, batch, dataloader_idx):
@@ -211,7 +217,7 @@ def test_validation_and_test_report_loss_bits_and_recall_and_ignore_padding(kind
     trainer(max_steps=40).fit(model, datamodule=data)
     results = []
     for padded in (False, True):
-        data = facts(kind=PaddedFacts if padded else SyntheticFacts)
+        data = facts(kind=WithPaddingRows if padded else SyntheticFacts)
         runner = trainer(limit_val_batches=1.0)
         validated = runner.validate(model, datamodule=data, verbose=False)[0]
         results.append(validated | runner.test(model, datamodule=data, verbose=False)[0])
@@ -230,7 +236,7 @@ def test_validation_and_test_report_loss_bits_and_recall_and_ignore_padding(kind
 
 
 def test_predictions_leave_padding_out():
-    data = facts(kind=PaddedFacts)
+    data = facts(kind=WithPaddingRows)
     model = build(DenseLM, data)
     batches = trainer().predict(model, datamodule=data)
     records = [record for batch in batches for record in batch]
