@@ -10,11 +10,9 @@ model took. A seed changes facts, order and initial values.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -43,6 +41,11 @@ def fit(root: Path, name: str, config: str, seed: int, *flags: str) -> dict[str,
     return result
 
 
+def quickstart_steps() -> int:
+    """Optimizer steps of the quickstart."""
+    return yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())["trainer"]["max_steps"]
+
+
 def main() -> None:
     """Run everything, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -64,6 +67,14 @@ def main() -> None:
         flag = f"--model.optimizer.learning_rate={best}"
         dense = settings[f"dense, rate {best:g}"]
         dense += [fit(root, f"dense_{best:g}_{seed}", "quickstart_dense", seed, flag) for seed in seeds[1:]]
+        # Half the batch, twice the steps: the same tokens, more updates.
+        half, interval = quickstart_steps() * 2, quickstart_steps() // 5
+        smaller = [flag, "--data.batch_size=16", f"--trainer.max_steps={half}"]
+        smaller += [f"--trainer.val_check_interval={interval}"]
+        settings[f"dense, rate {best:g}, half the batch"] = [
+            fit(root, f"dense_half_batch_{seed}", "quickstart_dense", seed, *smaller) for seed in seeds
+        ]
+        environment = json.loads((root / "memory_0/environment.json").read_text())
         step_seconds = mean(run["train_seconds"] / run["steps"] for run in dense)
         steps = round(mean(run["train_seconds"] for run in memory) / step_seconds)
         settings[f"dense, rate {best:g}, as many seconds as Memory+"] = [
@@ -79,8 +90,7 @@ def main() -> None:
     if arguments.json:
         content = {
             "command": " ".join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]),
-            "machine": f"{platform.machine()}, {platform.processor()}",
-            "versions": {name: version(name) for name in ("torch", "lightning", "numpy")},
+            "environment": environment,
             "configs": {
                 name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
                 for name in ("quickstart", "quickstart_dense")
