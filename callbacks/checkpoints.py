@@ -1,4 +1,4 @@
-"""Checkpoints of a run: ``last.ckpt``, renewed at every validation and at the end, and ``best.ckpt``."""
+"""Checkpoints of a run: ``last.ckpt``, renewed every ``val_check_interval``, and ``best.ckpt``."""
 
 import math
 import os
@@ -16,6 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 class Checkpoints(Checkpoint):
     """Writes ``last.ckpt``, and ``best.ckpt`` when the validation loss is the lowest so far.
+
+    ``last.ckpt`` is renewed at every validation (every ``trainer.val_check_interval`` batches if there is
+    none) and at the end of training.
 
     Lightning's ModelCheckpoint renews ``last.ckpt`` only when the monitored metric is among the best, writes
     every best checkpoint twice, and writes nothing when no validation ran. Here each state is written once;
@@ -45,6 +48,15 @@ class Checkpoints(Checkpoint):
         if best:
             self.best_score = score
         self._save(trainer, best)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Where nothing is validated, save as often as validation would have.
+        if not self._active(trainer) or (trainer.enable_validation and any(trainer.num_val_batches)):
+            return
+        if trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0:
+            self._save(trainer, best=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._active(trainer):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,12 +64,14 @@ class RunDirectory(Callback):
 
     def _begin(self) -> None:
         self.files.claim(self.fresh)
+        earlier_config = self.files.config.read_text(encoding="utf-8") if self.files.config.exists() else ""
         write_text(self.files.config, self.config)
         self._environment = describe_environment(self.arguments)
         if self.source:
             self._environment["resumed_from"] = self.source
         if self.files.environment.exists():
             previous = json.loads(self.files.environment.read_text(encoding="utf-8"))
+            previous["config"] = earlier_config
             self._environment["earlier"] = [*previous.pop("earlier", []), previous]
         write_json(self.files.environment, self._environment)
 
@@ -93,13 +96,21 @@ class RunDirectory(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop_training_clock()
+        if self._environment and self.fresh and trainer.global_step == 0:
+            # Nothing was trained: the corrected command shall find the directory free.
+            shutil.rmtree(self.files.directory)
+            self._environment = {}
         self._finish(trainer, pl_module, f"stopped by {type(exception).__name__}")
         if self._predictions is not None:
             self._predictions.close()
+            self._unfinished().unlink()
 
     def state_dict(self) -> dict[str, Any]:
-        self._stop_training_clock()
-        return {"train_seconds": self.train_seconds, "validation_seconds": self.validation_seconds}
+        running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
+        return {
+            "train_seconds": self.train_seconds + running,
+            "validation_seconds": self.validation_seconds,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_seconds = state_dict["train_seconds"]

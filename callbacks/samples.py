@@ -40,7 +40,7 @@ class Samples(Callback):
     ) -> None:
         if not prompts:
             raise ConfigError(
-                "callbacks.samples.prompts", 'is empty; expected at least one prompt ("" is one)'
+                "trainer.callbacks: Samples.prompts", 'is empty; expected at least one prompt ("" is one)'
             )
         for key, value, least in (
             ("max_new_tokens", max_new_tokens, 1),
@@ -48,7 +48,9 @@ class Samples(Callback):
             ("top_k", top_k, 1),
         ):
             if value is not None and value < least:
-                raise ConfigError(f"callbacks.samples.{key}", f"is {value}, must be at least {least}")
+                raise ConfigError(
+                    f"trainer.callbacks: Samples.{key}", f"is {value}, must be at least {least}"
+                )
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -109,7 +111,7 @@ def _encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
     except DataError:
         unknown = [word for word in prompt.split() if not _knows(tokenizer, word)]
         raise ConfigError(
-            "callbacks.samples.prompts",
+            "trainer.callbacks: Samples.prompts",
             f"{prompt!r} has words that the tokenizer does not know: {', '.join(unknown)}",
         ) from None
 

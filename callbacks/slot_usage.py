@@ -46,10 +46,10 @@ class SlotUsage(Callback):
     def __init__(self, every_n_steps: int = 10, heaviest: int = 10) -> None:
         if every_n_steps < 1:
             raise ConfigError(
-                "callbacks.slot_usage.every_n_steps", f"is {every_n_steps}, must be at least 1 step"
+                "trainer.callbacks: SlotUsage.every_n_steps", f"is {every_n_steps}, must be at least 1 step"
             )
         if heaviest < 0:
-            raise ConfigError("callbacks.slot_usage.heaviest", f"is {heaviest}, must not be negative")
+            raise ConfigError("trainer.callbacks: SlotUsage.heaviest", f"is {heaviest}, must not be negative")
         self.every_n_steps = every_n_steps
         self.heaviest = heaviest
         self._training: dict[str, Tensor] = {}

@@ -44,7 +44,7 @@ class Throughput(Callback):
     def __init__(self, every_n_steps: int = 50) -> None:
         if every_n_steps < 1:
             raise ConfigError(
-                "callbacks.throughput.every_n_steps", f"is {every_n_steps}, must be at least 1 step"
+                "trainer.callbacks: Throughput.every_n_steps", f"is {every_n_steps}, must be at least 1 step"
             )
         self.every_n_steps = every_n_steps
         self._seconds_before = 0.0

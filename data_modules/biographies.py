@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from data_modules.base import Batch, Cursor
 from data_modules.facts import NOTHING, Facts
 from data_modules.hashed_random import draw, hashed, permutation
-from data_modules.packing import IGNORED, Packing, as_batch
+from data_modules.packing import Packing, as_batch
+from memlm.metrics import IGNORED
 
 
 class Biographies:

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from memlm.metrics import IGNORED
+
 Packing = Literal["concatenate", "documents"]
-IGNORED = -100
-"""Target of positions that do not count, as in `torch.nn.functional.cross_entropy`."""
 
 Tokens = NDArray[np.int32]
 Position = dict[str, int]

@@ -198,11 +198,14 @@ class TextStream(LanguageDataModule):
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def setup(self, stage: str) -> None:
-        """Look for the files, so that a wrong path is known before anything is trained."""
+        """Read a first batch, so that missing, empty or broken files are known before anything is trained."""
         if stage == "fit":
             size = sum(file.stat().st_size for file in self.files)
             rank_zero_info(f"TextStream: {len(self.files):,} files to train on, {size / 1e6:,.1f} MB")
-        self.evaluation_source(test=stage != "fit")
+            next(self.training_source().batches(self.start(), *self.world))
+        evaluation = self.evaluation_source(test=stage != "fit")
+        if evaluation is not None:
+            next(evaluation.batches(self.start(), *self.world))  # kept for the validation that reads it
 
     def advance(self, cursor: Cursor) -> None:
         before = self.cursor

@@ -111,11 +111,13 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MEMLM_TRACEBACK") == "1" or not _is_users(error):
             raise
-        return _fail(str(error))
+        return _fail(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
 
 
 def _is_users(error: Exception) -> bool:
     # Lightning's own complaint about contradicting Trainer arguments; by name, for it may not be imported.
+    if isinstance(error, OSError):  # a file that cannot be read or written
+        return error.filename is not None
     return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
 
 

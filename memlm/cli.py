@@ -102,7 +102,7 @@ class CommandLine(LightningCLI):
                     "ckpt_path", f"is needed: memlm {self.verb} --ckpt_path last (or best, or a .ckpt file)"
                 )
             return
-        self.checkpoint = resolve_checkpoint(str(config.ckpt_path), self.run)
+        self.checkpoint = resolve_checkpoint(str(config.ckpt_path), self.run, config.weights_only)
         self.checkpoint_content = read_checkpoint(self.checkpoint, config.weights_only)
         config.ckpt_path = str(self.checkpoint)
         if self.verb != "fit":
@@ -176,7 +176,10 @@ class CommandLine(LightningCLI):
         kwargs["logger"] = self.verb == "fit" and run_loggers(config.logger, self.run, resumed_step)
         if config.default_root_dir is None:
             kwargs["default_root_dir"] = str(self.run.directory)
-        trainer = super().instantiate_trainer(**kwargs)
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError) as error:  # such as an unknown strategy
+            raise ConfigError("trainer", str(error)) from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

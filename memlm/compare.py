@@ -14,7 +14,7 @@ from memlm.run_metrics import Series, read_metrics
 
 
 class Measure(NamedTuple):
-    """One row of the table: its key in JSON, its name, and how a number is printed."""
+    """One row of the table: its key in JSON (qualities: after ``val/`` or ``test/``), name and format."""
 
     key: str
     name: str
@@ -35,14 +35,14 @@ MEASURES = (
     Measure("flops_per_token", "forward FLOPs per token", _count),
     Measure("values_read_per_token", "values read per token", _count),
     Measure("steps", "steps", _count),
-    Measure("tokens", "tokens seen", _count),
+    Measure("tokens", "tokens seen, padding included", _count),
     Measure("tokens_per_second", "tokens per second of training", _count),
     Measure("train_seconds", "seconds of training", _decimals(1)),
     Measure("loss", "loss (nats per token)", _decimals(4)),
-    Measure("bits_per_byte", "bits per byte", _decimals(4)),
-    Measure("recall", "recall, held-out phrasing", _decimals(3)),
-    Measure("recall_seen_phrasing", "recall, seen phrasing", _decimals(3)),
-    Measure("recall_control", "recall, control", _decimals(3)),
+    Measure("bits_per_byte", "bits_per_byte", _decimals(4)),
+    Measure("recall", "recall (held-out phrasing)", _decimals(3)),
+    Measure("recall_seen_phrasing", "recall_seen_phrasing", _decimals(3)),
+    Measure("recall_control", "recall_control (never trained)", _decimals(3)),
 )
 _QUALITIES = ("loss", "bits_per_byte", "recall", "recall_seen_phrasing", "recall_control")
 
@@ -91,7 +91,7 @@ class Run:
             "tokens": tokens,
             "tokens_per_second": speed,
             "train_seconds": seconds,
-            **{key: source.get(prefix + key) for key in _QUALITIES},
+            **{prefix + key: source.get(prefix + key) for key in _QUALITIES},
         }
 
     def measured(self, on_test: bool) -> str:
@@ -141,7 +141,7 @@ def compare(directories: list[str]) -> dict[str, Any]:
     on_test = all(run.test for run in runs)
     return {
         "measured_on": "test" if on_test else "validation",
-        "warnings": _differences(runs) + _left_aside(runs, on_test),
+        "warnings": _differences(runs) + _left_aside(runs, on_test) + _outdated(runs, on_test),
         "runs": [
             {"run": str(run.files.directory), "measured": run.measured(on_test), **run.measures(on_test)}
             for run in runs
@@ -152,11 +152,13 @@ def compare(directories: list[str]) -> dict[str, Any]:
 def table(comparison: dict[str, Any]) -> str:
     """The comparison as text: a row for each measure, a column for each run."""
     runs = comparison["runs"]
+    prefix = "test/" if comparison["measured_on"] == "test" else "val/"
     lines = [["", *(run["run"] for run in runs)]]
     for measure in MEASURES:
-        values = [run[measure.key] for run in runs]
+        is_quality = measure.key in _QUALITIES
+        values = [run[prefix + measure.key if is_quality else measure.key] for run in runs]
         shown = ["-" if value is None else measure.form(value) for value in values]
-        lines.append([measure.name, *shown])
+        lines.append([prefix + measure.name if is_quality else measure.name, *shown])
     lines.append(["measured on", *(run["measured"] for run in runs)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(runs) + 1)]
     lines.insert(1, ["-" * width for width in widths])
@@ -211,6 +213,18 @@ def _left_aside(runs: list[Run], on_test: bool) -> list[str]:
         return []
     untested = [run.name for run in runs if not run.test]
     return [f"test results of {', '.join(tested)} are left aside, since {', '.join(untested)} has none"]
+
+
+def _outdated(runs: list[Run], on_test: bool) -> list[str]:
+    """One warning for each run that was trained on after its test."""
+    if not on_test:
+        return []
+    trained = [(run, run.measures(on_test)["steps"]) for run in runs]
+    return [
+        f"{run.name} was tested at step {run.test['step']} and trained to step {steps:.0f}: test it again"
+        for run, steps in trained
+        if steps is not None and "step" in run.test and run.test["step"] < steps
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

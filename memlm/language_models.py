@@ -11,7 +11,7 @@ from torch import Tensor
 from memlm.errors import CheckpointError, ConfigError
 from memlm.flops import Counts, count
 from memlm.memory import MemoryConfig, MemoryPool
-from memlm.metrics import IGNORED, FactRecall, TokenLoss, summed_loss
+from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
 from memlm.optim import MemoryAdamW, Schedule, ScheduleConfig, assign, clip_gradients
 from memlm.transformer import Transformer, TransformerConfig
 
@@ -107,7 +107,7 @@ class LanguageModel(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what only the Trainer knows; prepare the metrics."""
-        if self.pools and stage == "fit":
+        if stage == "fit":
             self._check_trainer()
         data = getattr(self.trainer, "datamodule", None)
         token_bytes = data.tokenizer.token_bytes if data is not None else None
@@ -120,6 +120,10 @@ class LanguageModel(pl.LightningModule):
             self.transformer.compile()
 
     def _check_trainer(self) -> None:
+        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ConfigError("trainer.gradient_clip_algorithm", "must be norm, the only one there is")
+        if not self.pools:
+            return
         if self.trainer.world_size > 1:
             raise ConfigError(
                 "trainer.devices",
@@ -129,16 +133,14 @@ class LanguageModel(pl.LightningModule):
         if str(self.trainer.precision).startswith("16"):
             raise ConfigError(
                 "trainer.precision",
-                f"is {self.trainer.precision}; a loss scale does not reach the row gradients. "
-                "Use 32-true or bf16-mixed",
+                f"is {self.trainer.precision}; fp16 needs a loss scale, which does not reach the row "
+                "gradients. Use 32-true or bf16-mixed",
             )
         if self.trainer.precision == "bf16-true":
             rank_zero_warn(
                 "trainer.precision is bf16-true: updates of a value below 1/256 of it are rounded away; "
                 "bf16-mixed keeps the values in fp32"
             )
-        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
-            raise ConfigError("trainer.gradient_clip_algorithm", "must be norm: row gradients know no other")
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, vocab]`` of tokens ``[B, T]``."""
@@ -181,6 +183,10 @@ class LanguageModel(pl.LightningModule):
         # their restored state (Lightning #20550).
         if self.trainer.max_steps < 1:
             raise ConfigError("trainer.max_steps", "must be given: training streams have no end")
+        if any(schedule.warmup_steps >= self.trainer.max_steps for schedule in schedules):
+            rank_zero_warn(
+                f"trainer.max_steps is {self.trainer.max_steps}: the run ends during a schedule's warm-up"
+            )
         schedule = Schedule(optimizer, schedules, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -225,7 +231,7 @@ class LanguageModel(pl.LightningModule):
                 continue
             for name, value in metric.compute().items():
                 # The metric has reduced over ranks already.
-                self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "recall"), rank_zero_only=False)
+                self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "recall"))
             metric.reset()
         if stage == "val":
             self.log("train/tokens", float(self.tokens_seen))
@@ -250,7 +256,7 @@ class LanguageModel(pl.LightningModule):
                     "answer": decode(answers[asked].tolist()),
                     "predicted": decode(predicted[asked].tolist()),
                     "recalled": bool((predicted == answers)[asked].all()),
-                    "group": int(group),
+                    "group": RECALL_GROUPS[group],
                 }
             )
         return records

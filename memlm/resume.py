@@ -13,13 +13,14 @@ from memlm.run_directory import RunFiles
 _NEEDED_KEYS = ("state_dict", "global_step", "architecture")
 
 
-def resolve_checkpoint(ckpt_path: str, run: RunFiles) -> Path:
+def resolve_checkpoint(ckpt_path: str, run: RunFiles, weights_only: bool = True) -> Path:
     """The file that ``--ckpt_path`` means.
 
     Args:
         ckpt_path: ``last`` (the run's newest checkpoint), ``best`` (the one of lowest validation loss) or a
             path.
         run: The run that ``last`` and ``best`` refer to.
+        weights_only: See :func:`read_checkpoint`; ``last`` reads the steps of all checkpoints.
 
     Raises:
         CheckpointError: if there is no such checkpoint.
@@ -36,7 +37,9 @@ def resolve_checkpoint(ckpt_path: str, run: RunFiles) -> Path:
             )
         # Checkpoints that a callback of the user's has added can be newer than last.ckpt; best.ckpt cannot.
         found = [path for path in found if path != run.best] or found
-        return max(found, key=lambda path: (read_checkpoint(path)["global_step"], path == run.last))
+        return max(
+            found, key=lambda path: (read_checkpoint(path, weights_only)["global_step"], path == run.last)
+        )
     path = Path(ckpt_path)
     if not path.exists():
         hint = "" if path.suffix else "; expected last, best or the path of a .ckpt file"

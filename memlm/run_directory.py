@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,11 @@ class RunFiles:
         raise ConfigError(
             "run.name",
             f"{self.directory} already holds {shown}. To start a new run pass another --run.name; "
-            "to continue this one pass --ckpt_path last",
+            + (
+                "to continue this one pass --ckpt_path last"
+                if self.last.exists()
+                else "there is no checkpoint to continue from, so you may also remove it"
+            ),
         )
 
     def claim(self, fresh: bool) -> None:
@@ -131,15 +136,8 @@ def describe_environment(arguments: list[str]) -> dict[str, Any]:
     Args:
         arguments: The words after ``memlm``.
     """
-    import lightning
     import torch
 
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return {
         "command": shlex.join(["memlm", *arguments]),
@@ -147,9 +145,7 @@ def describe_environment(arguments: list[str]) -> dict[str, Any]:
         "memlm": memlm.__version__,
         **_git_state(Path(memlm.__file__).parent),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "triton": triton_version,
+        **{package: _version(package) for package in _PACKAGES},
         "system": f"{platform.system()} {platform.release()}",
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -157,6 +153,25 @@ def describe_environment(arguments: list[str]) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "gpus": [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in devices],
     }
+
+
+_PACKAGES = (
+    "torch",
+    "triton",
+    "lightning",
+    "torchmetrics",
+    "jsonargparse",
+    "numpy",
+    "tokenizers",
+    "zstandard",
+)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_state(source: Path) -> dict[str, Any]:

@@ -48,6 +48,12 @@ def check_fit(trainer: Any, checkpoint: Path | None, steps_done: int) -> None:
                 f"trainer.{key}",
                 f"is {value}, but a training stream has no epochs to cut; use trainer.max_steps",
             )
+    if (accumulated := trainer.accumulate_grad_batches) < 1:
+        raise ConfigError("trainer.accumulate_grad_batches", f"is {accumulated}, must be at least 1")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise ConfigError(
+            "trainer.gradient_clip_val", f"is {trainer.gradient_clip_val}, must not be negative"
+        )
     interval, accumulate = trainer.val_check_interval, trainer.accumulate_grad_batches
     if trainer.check_val_every_n_epoch is not None:
         raise ConfigError(

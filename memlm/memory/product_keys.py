@@ -89,5 +89,5 @@ class ProductKeys(nn.Module):
 
 
 def _at_least_fp32(scores: Tensor) -> Tensor:
-    """Two bf16 half scores add up to more digits than bf16 has: rounded, 2 % of the slots would differ."""
+    """Two bf16 half scores add up to more digits than bf16 has: rounded, ties would be broken wrongly."""
     return scores.to(torch.promote_types(scores.dtype, torch.float32))

@@ -1,7 +1,9 @@
 """The decoder: embedding, blocks, output layer."""
 
+import torch
 from torch import Tensor, nn
 
+from memlm.errors import ConfigError
 from memlm.memory import MemoryConfig, MemoryLayer, MemoryPool
 from memlm.transformer.attention import Attention, document_mask, rotary_table
 from memlm.transformer.config import TransformerConfig
@@ -65,7 +67,7 @@ class Transformer(nn.Module):
             memory.validate(config.dim, config.layers)
             pool_names = memory.pool_names(config.layers)
             for name in dict.fromkeys(pool_names.values()):
-                self.pools[name] = MemoryPool(memory.slots, memory.resolved_value_dim(config.dim))
+                self.pools[name] = _pool(memory.slots, memory.resolved_value_dim(config.dim))
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for index in range(config.layers):
@@ -99,3 +101,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, rotary, mask, self.pools)
         return self.output(self.norm(hidden))
+
+
+def _pool(slots: int, value_dim: int) -> MemoryPool:
+    try:
+        return MemoryPool(slots, value_dim)
+    except RuntimeError as error:
+        size = slots * value_dim * torch.get_default_dtype().itemsize / 2**30
+        raise ConfigError(
+            "model.memory.half_keys",
+            f"makes {slots:,} values of {value_dim} elements, {size:,.0f} GiB, which could not be allocated",
+        ) from error

@@ -43,6 +43,13 @@ class Failing(Callback):
             raise FAILURES[self.kind]
 
 
+class FailingAtOnce(Callback):
+    """Fails after the run directory was made, before anything is trained."""
+
+    def on_train_start(self, *args):
+        raise ConfigError("data.x", "is wrong from the start")
+
+
 @pytest.fixture
 def error(memlm, capsys):
     """Runs a command that must fail; returns its one line."""
@@ -84,6 +91,12 @@ def error(memlm, capsys):
             "--trainer.check_val_every_n_epoch 1",
             ["trainer.check_val_every_n_epoch", "trainer.val_check_interval"],
         ),
+        ("--trainer.accumulate_grad_batches 0", ["trainer.accumulate_grad_batches", "is 0"]),
+        ("--trainer.gradient_clip_val -1", ["trainer.gradient_clip_val", "-1"]),
+        ("--trainer.gradient_clip_algorithm value", ["trainer.gradient_clip_algorithm", "must be norm"]),
+        ("--trainer.strategy nonsense", ["trainer", "nonsense"]),
+        ("--model.memory.half_keys 10000000", ["model.memory.half_keys", "GiB"]),
+        ("--run.root tiny.yaml", ["tiny.yaml", "Not a directory"]),
         ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches", "trainer.max_steps"]),
         ("--trainer.overfit_batches 2", ["trainer.overfit_batches", "trainer.max_steps"]),
         ("--trainer.accelerator gpu", ["gpu"]),
@@ -118,6 +131,28 @@ def test_users_error_in_mid_training(error, memlm):
     assert error(*FIT, *failing, "user") == "data.x: is wrong"
     environment = json.loads(Path("runs/tiny/environment.json").read_text())
     assert (environment["outcome"], environment["steps"]) == ("stopped by ConfigError", 5)
+
+
+def test_a_failure_before_the_first_step_leaves_the_directory_free(error, memlm):
+    failing = ("--trainer.callbacks+=test_cli_errors.FailingAtOnce",)
+    assert error(*FIT, *failing) == "data.x: is wrong from the start"
+    assert not Path("runs/tiny").exists()
+    assert memlm(*FIT) == 0
+
+
+def test_without_validation_checkpoints_come_as_often(error, memlm):
+    failing = ("--trainer.callbacks+=test_cli_errors.Failing", "--trainer.callbacks.kind")
+    error(*FIT, "--trainer.limit_val_batches", "0", "--trainer.val_check_interval", "2", *failing, "user")
+    saved = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    assert memlm(*FIT, "--trainer.limit_val_batches", "0", "--ckpt_path", "last") == 0
+
+
+def test_a_run_without_a_checkpoint_is_not_offered_to_continue(error):
+    Path("runs/tiny").mkdir(parents=True)
+    Path("runs/tiny/notes.txt").touch()
+    message = error(*FIT)
+    assert "already holds notes.txt" in message and "remove it" in message and "last" not in message
 
 
 def test_ctrl_c(memlm, capsys):
@@ -193,6 +228,8 @@ def test_foreign_code_in_a_checkpoint_is_not_run(error, memlm, checkpoint):
     assert str(checkpoint) in error("test", "--config", "tiny.yaml", "--ckpt_path", str(checkpoint))
     assert not Path("exploded").exists()
     torch.save(content | {"extra": Bomb()}, checkpoint)
-    path = ("--ckpt_path", str(checkpoint), "--weights_only", "false")
-    assert memlm("test", "--config", "tiny.yaml", *path) == 0
-    assert Path("exploded").exists()
+    for which in (str(checkpoint), "last"):
+        path = ("--ckpt_path", which, "--weights_only", "false")
+        assert memlm("test", "--config", "tiny.yaml", *path) == 0
+        assert Path("exploded").exists()
+        Path("exploded").unlink()

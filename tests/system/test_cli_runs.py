@@ -150,7 +150,7 @@ def test_predict_writes_one_line_for_each_question(memlm, fitted):
     assert memlm("test", "--config", "tiny.yaml", "--ckpt_path", "last") == 0
     assert memlm("predict", "--config", "tiny.yaml", "--ckpt_path", "last") == 0
     lines = [json.loads(line) for line in (fitted / "predictions.jsonl").read_text().splitlines()]
-    control = [line["recalled"] for line in lines if line["group"] == 2]
+    control = [line["recalled"] for line in lines if line["group"] == "recall_control"]
     assert len(control) == 10
     recall = json.loads((fitted / "test.json").read_text())["test/recall_control"]
     assert sum(control) / len(control) == pytest.approx(recall)

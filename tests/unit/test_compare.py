@@ -60,11 +60,11 @@ def test_values_of_the_last_validation(tmp_path):
             "tokens": 5000,
             "tokens_per_second": 1250,
             "train_seconds": 4.0,
-            "loss": 3.25,
-            "bits_per_byte": 1.75,
-            "recall": 0.75,
-            "recall_seen_phrasing": None,
-            "recall_control": 0.03125,
+            "val/loss": 3.25,
+            "val/bits_per_byte": 1.75,
+            "val/recall": 0.75,
+            "val/recall_seen_phrasing": None,
+            "val/recall_control": 0.03125,
         }
     ]
 
@@ -76,7 +76,12 @@ def test_a_killed_run_is_described_by_its_metrics(tmp_path):
 
 def test_missing_values_print_as_dashes(tmp_path):
     text = table(compare([make(tmp_path, "a", metrics="step,train/loss\n1,2.0\n", model=None)]))
-    for name in ("total parameters", "tokens seen", "loss (nats per token)", "recall, control"):
+    for name in (
+        "total parameters",
+        "tokens seen, padding included",
+        "val/loss (nats per token)",
+        "val/recall_control (never trained)",
+    ):
         assert line(text, name) == ["-"]
     assert line(text, "measured on") == ["not", "validated"]
 
@@ -85,7 +90,7 @@ def test_table_has_a_column_for_each_run(tmp_path):
     runs = [make(tmp_path, "a"), make(tmp_path, "b", model=MODEL | {"total": 99})]
     text = table(compare(runs))
     assert line(text, "total parameters") == ["1,234,567", "99"]
-    assert line(text, "recall, held-out phrasing") == ["0.750", "0.750"]
+    assert line(text, "val/recall (held-out phrasing)") == ["0.750", "0.750"]
     assert len({len(row) for row in text.splitlines()[:2]}) == 1
 
 
@@ -93,13 +98,15 @@ def test_test_results_are_used_when_every_run_has_them(tmp_path):
     runs = [make(tmp_path, name, test=TEST) for name in "ab"]
     comparison = compare(runs)
     assert comparison["measured_on"] == "test"
-    assert [run["loss"] for run in comparison["runs"]] == [3.5, 3.5]
+    assert [run["test/loss"] for run in comparison["runs"]] == [3.5, 3.5]
     assert comparison["runs"][0]["measured"] == "test, best.ckpt, step 4"
+    outdated = "was tested at step 4 and trained to step 5: test it again"
+    assert comparison["warnings"] == [f"a {outdated}", f"b {outdated}"]
 
 
 def test_test_and_validation_are_never_mixed(tmp_path):
     comparison = compare([make(tmp_path, "a", test=TEST), make(tmp_path, "b")])
-    assert [run["loss"] for run in comparison["runs"]] == [3.25, 3.25]
+    assert [run["val/loss"] for run in comparison["runs"]] == [3.25, 3.25]
     assert comparison["warnings"] == ["test results of a are left aside, since b has none"]
 
 

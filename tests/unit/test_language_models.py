@@ -167,7 +167,11 @@ def test_trainer_settings_that_row_gradients_cannot_have(options, key):
     assert error.value.key == key
     dense = build(DenseLM, data)
     dense.trainer = model.trainer
-    dense.setup("fit")  # none of it concerns a dense model
+    if key == "trainer.gradient_clip_algorithm":
+        with pytest.raises(ConfigError, match=key):
+            dense.setup("fit")
+    else:
+        dense.setup("fit")  # it does not concern a dense model
 
 
 def test_values_in_bf16_get_a_warning():
@@ -243,6 +247,7 @@ def test_predictions_leave_padding_out():
     prompts = sum(len(batch["group"]) for batch in facts().predict_dataloader())
     assert len(records) == prompts > 0
     assert set(records[0]) == {"prompt", "answer", "predicted", "recalled", "group"}
+    assert {record["group"] for record in records} == {"recall", "recall_seen_phrasing", "recall_control"}
     assert all(record["recalled"] == (record["answer"] == record["predicted"]) for record in records)
 
 

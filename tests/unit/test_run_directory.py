@@ -72,7 +72,12 @@ def test_refusal_says_what_is_there_and_what_to_do(tmp_path):
         RunFiles(tmp_path).check_free()
     message = str(refused.value)
     assert "file0, file1, file2, file3, file4, file5 and 3 more" in message
-    assert "--run.name" in message and "--ckpt_path last" in message
+    assert "--run.name" in message and "remove it" in message
+    run = RunFiles(tmp_path)
+    run.checkpoints.mkdir()
+    run.last.touch()
+    with pytest.raises(ConfigError, match="--ckpt_path last"):
+        run.check_free()
 
 
 def test_a_file_in_the_way(tmp_path):

@@ -16,6 +16,7 @@ def trainer(**changes):
         "check_val_every_n_epoch": None,
         "val_check_interval": 20,
         "accumulate_grad_batches": 1,
+        "gradient_clip_val": None,
     }
     return SimpleNamespace(**values | changes)
 
@@ -38,6 +39,8 @@ def test_accepted(changes):
     [
         ({"max_steps": -1}, "trainer.max_steps"),
         ({"max_steps": 0}, "trainer.max_steps"),
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches"),
         ({"limit_train_batches": 1}, "trainer.limit_train_batches"),
         ({"limit_train_batches": 0.5}, "trainer.limit_train_batches"),
         ({"overfit_batches": 3}, "trainer.overfit_batches"),

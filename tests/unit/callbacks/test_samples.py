@@ -125,7 +125,7 @@ def test_lines_of_a_sample_are_indented(facts, dense, trainer, tmp_path, monkeyp
 
 
 def test_an_unknown_word_names_the_key_and_the_word(facts, dense, trainer, name):
-    message = rf"callbacks.samples.prompts: '{name} Napoleon' has words .* not know: Napoleon$"
+    message = rf"trainer.callbacks: Samples.prompts: '{name} Napoleon' has words .* not know: Napoleon$"
     with pytest.raises(ConfigError, match=message):
         trainer(Samples(["", f"{name} Napoleon"])).fit(dense, datamodule=facts)
 
@@ -133,10 +133,10 @@ def test_an_unknown_word_names_the_key_and_the_word(facts, dense, trainer, name)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompts": []}, "callbacks.samples.prompts: is empty"),
-        ({"max_new_tokens": 0}, "callbacks.samples.max_new_tokens: is 0, must be at least 1"),
-        ({"temperature": -1.0}, "callbacks.samples.temperature: is -1.0, must be at least 0"),
-        ({"top_k": 0}, "callbacks.samples.top_k: is 0, must be at least 1"),
+        ({"prompts": []}, "trainer.callbacks: Samples.prompts: is empty"),
+        ({"max_new_tokens": 0}, "trainer.callbacks: Samples.max_new_tokens: is 0, must be at least 1"),
+        ({"temperature": -1.0}, "trainer.callbacks: Samples.temperature: is -1.0, must be at least 0"),
+        ({"top_k": 0}, "trainer.callbacks: Samples.top_k: is 0, must be at least 1"),
     ],
 )
 def test_options_out_of_range(options, message):

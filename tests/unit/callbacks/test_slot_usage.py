@@ -236,8 +236,8 @@ def test_a_dense_model_is_told_once(facts, dense, trainer, capsys, caplog, tmp_p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every_n_steps": 0}, "callbacks.slot_usage.every_n_steps: is 0, must be at least 1 step"),
-        ({"heaviest": -1}, "callbacks.slot_usage.heaviest: is -1, must not be negative"),
+        ({"every_n_steps": 0}, "trainer.callbacks: SlotUsage.every_n_steps: is 0, must be at least 1 step"),
+        ({"heaviest": -1}, "trainer.callbacks: SlotUsage.heaviest: is -1, must not be negative"),
     ],
 )
 def test_options_out_of_range(options, message):

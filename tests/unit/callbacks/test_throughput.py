@@ -255,5 +255,7 @@ def test_a_cpu_has_no_known_peak():
 
 
 def test_an_interval_below_one_is_refused():
-    with pytest.raises(ConfigError, match=r"callbacks.throughput.every_n_steps: is 0, must be at least 1"):
+    with pytest.raises(
+        ConfigError, match=r"trainer.callbacks: Throughput.every_n_steps: is 0, must be at least 1"
+    ):
         Throughput(every_n_steps=0)
