@@ -9,7 +9,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from data_modules.packing import Position, Tokens
-from data_modules.readers import read_records
+from data_modules.readers import Record, read_records
 from memlm.errors import DataError
 from memlm.tokenizers import Tokenizer
 
@@ -22,6 +22,7 @@ class Documents:
         files: In the order they are read in.
         name: What to call all of them in messages.
         text_key: Where a JSON object holds its text.
+        separator: What stands between the documents of a text file; None if it is one document.
         tokenizer: Makes tokens of the text.
         skip_malformed: Whether to count malformed records instead of raising.
         held_out: Share of the documents that are held out, chosen by a hash of their text, so that copies of
@@ -33,6 +34,7 @@ class Documents:
     files: list[Path]
     name: str
     text_key: str
+    separator: str | None
     tokenizer: Tokenizer
     skip_malformed: bool
     held_out: float
@@ -42,9 +44,9 @@ class Documents:
     def read(self, start: Position, endless: bool, least: int) -> Iterator[tuple[Position, Tokens]]:
         """Documents from a position on, over and over if ``endless``.
 
-        A position holds the numbers of the epoch, file and record (line of JSON, or 0 in a text file) and the
-        offset in the record's tokens, and how many records were skipped as malformed and dropped as empty
-        before it. Only the records behind a position are tokenized.
+        A position holds the numbers of the epoch, file and record (line of JSON, or document of a text
+        file) and the offset in the record's tokens, and how many records were skipped as malformed and
+        dropped as empty before it. Only the records behind a position are tokenized.
 
         Args:
             start: The first document's position.
@@ -62,7 +64,7 @@ class Documents:
         while True:
             for number in range(at["file"], len(self.files)):
                 at["file"] = number
-                for record, text in read_records(self.files[number], self.text_key, at["record"]):
+                for record, text in self._records(self.files[number], at["record"]):
                     if record > at["record"]:
                         at["record"], at["token"] = record, 0
                     if isinstance(text, DataError):
@@ -84,6 +86,9 @@ class Documents:
             at |= {"epoch": at["epoch"] + 1, "file": 0}
             whole, total = True, 0
 
+    def _records(self, path: Path, start: int) -> Iterator[Record]:
+        return read_records(path, self.text_key, start, self.separator)
+
     def _is_wanted(self, text: str) -> bool:
         if self.held_out == 0:
             return True
@@ -103,7 +108,7 @@ class Documents:
         if self.only_held_out:
             message = (
                 f"no document is held out by data.validation_fraction {self.held_out}; raise it, set it to "
-                "0, or set data.validation_paths"
+                "0, set data.validation_paths, or split text files by data.document_separator"
             )
         elif total == 0:
             message = "no document to train on; all are empty" + (" or held out" if self.held_out else "")

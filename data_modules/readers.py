@@ -2,11 +2,11 @@
 
 The suffixes of a name are peeled off from the right: ``.gz``, ``.zst`` and ``.zstd`` say how a file is
 compressed; then ``.jsonl``, ``.ndjson`` and ``.json`` mean one JSON object on each line, and anything else is
-UTF-8 text that is one document.
+UTF-8 text: one document, or several with a separator between them.
 
-A *record* is a line of JSON or a whole text file. What is wrong with one record is given as a value, so that
-a caller may skip it; what is wrong with a file (it is missing, cannot be decompressed or ends too early) is
-always raised, since nobody knows how much was lost.
+A *record* is a line of JSON, or a document of a text file. What is wrong with one record is given as a
+value, so that a caller may skip it; what is wrong with a file (it is missing, cannot be decompressed or ends
+too early) is always raised, since nobody knows how much was lost.
 """
 
 import glob
@@ -56,20 +56,22 @@ def find_files(patterns: list[str], key: str) -> list[Path]:
     return sorted(files)
 
 
-def read_records(path: Path, text_key: str, start: int = 0) -> Iterator[Record]:
-    """The records of a file in their order.
+def read_records(path: Path, text_key: str, start: int = 0, separator: str | None = None) -> Iterator[Record]:
+    """The records of a file in their order. A text file is read into memory whole.
 
     Args:
         path: The file.
         text_key: Where a JSON object holds its text.
+        separator: What stands between the documents of a text file; None if it is one document.
         start: Number of the first record wanted. Those before are read past without being parsed.
 
     Raises:
         DataError: The file cannot be read to its end.
     """
     if _content_suffix(path) not in JSON_LINES:
-        if start == 0:
-            yield 0, _decode(b"".join(_chunks(path)), path)
+        text = _decode(b"".join(_chunks(path)), path)
+        parts = text.split(separator) if separator is not None and isinstance(text, str) else [text]
+        yield from list(enumerate(parts))[start:]
         return
     for number, line in enumerate(_lines(path)):
         if number >= start:

@@ -121,7 +121,7 @@ class _Replayed(Generic[Item]):
 
 
 class TextStream(LanguageDataModule):
-    """Text files: JSON lines (.jsonl, .ndjson, .json) or plain text (anything else, one document a file).
+    """Text files: JSON lines (.jsonl, .ndjson, .json) or plain text (anything else).
 
     Files may be compressed (.gz, .zst, .zstd). They are read in the order of their sorted paths, again and
     again; documents are not shuffled. Blank lines of JSON files are passed over; documents without anything
@@ -133,6 +133,8 @@ class TextStream(LanguageDataModule):
         paths: Files to train on: paths or patterns such as 'my/*.jsonl.zst' ('**' for any directories).
         tokenizer: 'bytes', or the path of a Hugging Face tokenizer.json.
         text_key: Key of the text in a JSON object.
+        document_separator: What stands between the documents of a plain text file, such as '<|endoftext|>'
+            or a blank line. By default a file is one document.
         sequence_length: Tokens in a row.
         batch_size: Sequences per step on each device.
         packing: 'concatenate' cuts the stream of all documents into rows; 'documents' gives each document
@@ -158,6 +160,7 @@ class TextStream(LanguageDataModule):
         paths: list[str],
         tokenizer: str = "bytes",
         text_key: str = "text",
+        document_separator: str | None = None,
         sequence_length: int = 256,
         batch_size: int = 16,
         packing: Packing = "concatenate",
@@ -170,6 +173,9 @@ class TextStream(LanguageDataModule):
     ) -> None:
         if not 0 <= validation_fraction < 1:
             raise ConfigError("data.validation_fraction", f"is {validation_fraction}; expected 0 <= it < 1")
+        if document_separator == "":
+            raise ConfigError("data.document_separator", "is empty; leave it out for one document a file")
+        self.document_separator = document_separator
         self.paths, self.validation_paths = paths, validation_paths
         self.held_out = validation_fraction if validation_paths is None else 0.0
         self.text_key, self.packing, self.confine_attention = text_key, packing, confine_attention
@@ -194,7 +200,7 @@ class TextStream(LanguageDataModule):
     def fingerprint(self) -> str:
         # Not their directories: a run may be resumed where the same files lie elsewhere.
         files = [(file.name, file.stat().st_size) for file in self.files]
-        meaning = [files, self.text_key, self.held_out, self.seed]
+        meaning = [files, self.text_key, self.document_separator, self.held_out, self.seed]
         return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
 
     def setup(self, stage: str) -> None:
@@ -242,6 +248,7 @@ class TextStream(LanguageDataModule):
             files,
             ", ".join(patterns),
             self.text_key,
+            self.document_separator,
             self.tokenizer,
             self.skip_malformed,
             self.held_out,

@@ -44,6 +44,9 @@ def test_plain_text_is_one_document(tmp_path, name):
     )
     assert list(read_records(path, "text")) == [(0, text)]
     assert list(read_records(path, "text", start=1)) == []
+    parts = [(0, "first\r\n{not json"), (1, "last ü")]
+    assert list(read_records(path, "text", separator="\n\n")) == parts
+    assert list(read_records(path, "text", start=1, separator="\n\n")) == parts[1:]
 
 
 def test_lines_longer_than_what_is_read_at_once(tmp_path, monkeypatch):

@@ -115,6 +115,30 @@ def test_any_cursor_continues_the_same_stream(corpus, packing, options):
         assert all(same(x, y) for x, y in zip(whole[stop + 1 : stop + 5], resumed, strict=False)), stop
 
 
+def test_a_separator_makes_documents_of_a_text_file(tmp_path):
+    texts = [f"story {i} " * (1 + i % 5) for i in range(40)]
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(texts))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    made = [
+        stream(
+            "",
+            paths=[str(tmp_path / name)],
+            document_separator="<|endoftext|>",
+            validation_fraction=0.3,
+            sequence_length=50,
+        )
+        for name in ("a.txt", "b.jsonl")
+    ]
+    split, lines = [batches(module, 12) for module in made]
+    assert split[-1]["cursor"]["epoch"] > 0 and all(same(a, b) for a, b in zip(split, lines, strict=True))
+    for stop in (0, 4):
+        resumed = batches(made[0], 1, cursor=split[stop]["cursor"])[0]
+        assert same(resumed, split[stop + 1])
+    assert all(same(a, b) for a, b in zip(*[list(m.val_dataloader()) for m in made], strict=True))
+    with pytest.raises(ConfigError, match=r"data\.document_separator: is empty"):
+        stream(tmp_path, document_separator="")
+
+
 def test_resuming_tokenizes_nothing_before_the_cursor(corpus, monkeypatch):
     module = stream(corpus)
     cursor = next(b["cursor"] for b in epoch_of(module) if b["cursor"]["file"] == 2)
