@@ -1,7 +1,7 @@
 """The LightningModules: one base, and a thin subclass for each architecture."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -12,44 +12,17 @@ from memlm.errors import CheckpointError, ConfigError
 from memlm.flops import Counts, count
 from memlm.memory import MemoryConfig, MemoryPool
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
-from memlm.optim import MemoryAdamW, Schedule, ScheduleConfig, assign, clip_gradients
+from memlm.optim import (
+    MemoryAdamW,
+    OptimizerConfig,
+    Schedule,
+    ValuesOptimizerConfig,
+    assign,
+    clip_gradients,
+)
 from memlm.transformer import Transformer, TransformerConfig
 
 Batch = dict[str, Any]
-
-
-@dataclass
-class OptimizerConfig:
-    """AdamW of the dense parameters. Gradients are clipped to trainer.gradient_clip_val."""
-
-    learning_rate: float = 1e-3
-    """Base learning rate; the schedule multiplies it."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the first and second moments."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of the linear maps; norms, biases, embeddings and half keys have none."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning-rate schedule, over trainer.max_steps."""
-
-
-@dataclass
-class ValuesOptimizerConfig:
-    """AdamW of the value rows: a row moves only in a step that reads it."""
-
-    learning_rate: float = 1e-2
-    """Base learning rate. The paper's code uses ten times the dense rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay rates of the moments, for each step in which the row is read."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay of a row, in the steps that read it."""
-    clip: float | None = 1.0
-    """Largest norm of the row gradients, apart from the dense ones; null clips nothing."""
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning-rate schedule, over trainer.max_steps."""
 
 
 class LanguageModel(pl.LightningModule):
@@ -78,7 +51,7 @@ class LanguageModel(pl.LightningModule):
         self._optimizers = {"dense": optimizer, "values": values_optimizer}
         for key, config in (("optimizer", optimizer), ("values_optimizer", values_optimizer)):
             if config is not None:
-                _check_optimizer(f"model.{key}", config)
+                config.validate(f"model.{key}")
         self._compile = compile
         self.vocab_size = vocab_size
         self.transformer = Transformer(vocab_size, transformer, memory)
@@ -325,20 +298,6 @@ class MemoryLM(LanguageModel):
         super().__init__(vocab_size, transformer, memory, optimizer, values_optimizer, compile)
 
 
-def _check_optimizer(key: str, config: OptimizerConfig | ValuesOptimizerConfig) -> None:
-    if config.learning_rate <= 0:
-        raise ConfigError(f"{key}.learning_rate", f"is {config.learning_rate}, must be positive")
-    if not all(0 <= beta < 1 for beta in config.betas):
-        raise ConfigError(f"{key}.betas", f"is {config.betas}, both must be at least 0 and below 1")
-    if config.weight_decay < 0:
-        raise ConfigError(f"{key}.weight_decay", f"is {config.weight_decay}, must not be negative")
-    if config.eps < 0:
-        raise ConfigError(f"{key}.eps", f"is {config.eps}, must not be negative")
-    if isinstance(config, ValuesOptimizerConfig) and config.clip is not None and config.clip <= 0:
-        raise ConfigError(f"{key}.clip", f"is {config.clip}, must be positive; null clips nothing")
-    config.schedule.validate(f"{key}.schedule")
-
-
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Keys in which two architectures differ, and how."""
     found = []
@@ -349,6 +308,3 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str =
         elif a != b:
             found.append((f"{prefix}{key}", f"is {a} in the checkpoint and {b} in the model"))
     return found
-
-
-__all__ = ["Batch", "DenseLM", "LanguageModel", "MemoryLM", "OptimizerConfig", "ValuesOptimizerConfig"]

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from memlm.kernels.top_k import top_k
-from memlm.language_models import DenseLM, LanguageModel, MemoryLM, OptimizerConfig, ValuesOptimizerConfig
+from memlm.language_models import DenseLM, LanguageModel, MemoryLM
 from memlm.memory import MemoryConfig, MemoryPool
-from memlm.optim import MemoryAdamW
+from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig
 from memlm.transformer import TransformerConfig
 
 pytestmark = [

@@ -10,9 +10,8 @@ import torch
 from data_modules.synthetic_facts import SyntheticFacts
 from memlm import DenseLM, MemoryLM
 from memlm.errors import CheckpointError, ConfigError
-from memlm.language_models import OptimizerConfig, ValuesOptimizerConfig
 from memlm.memory import MemoryConfig
-from memlm.optim import ScheduleConfig
+from memlm.optim import OptimizerConfig, ScheduleConfig, ValuesOptimizerConfig
 from memlm.transformer import TransformerConfig
 
 pytestmark = [
