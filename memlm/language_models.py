@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from memlm.optim import (
     assign,
     clip_gradients,
 )
+from memlm.optim.config import ROW_OPTIONS
 from memlm.transformer import Transformer, TransformerConfig
 
 Batch = dict[str, Any]
@@ -95,6 +97,13 @@ class LanguageModel(pl.LightningModule):
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError("trainer.gradient_clip_algorithm", "must be norm, the only one there is")
+        values = self._optimizers["values"]
+        if getattr(values, "clip", None) == "global" and not self.trainer.gradient_clip_val:
+            raise ConfigError(
+                "trainer.gradient_clip_val",
+                f"is {self.trainer.gradient_clip_val}, must be positive: model.values_optimizer.clip "
+                "is global, which clips the values together with the dense gradients",
+            )
         if not self.pools:
             return
         if self.trainer.world_size > 1:
@@ -111,8 +120,9 @@ class LanguageModel(pl.LightningModule):
             )
         if self.trainer.precision == "bf16-true":
             rank_zero_warn(
-                "trainer.precision is bf16-true: updates of a value below 1/256 of it are rounded away; "
-                "bf16-mixed keeps the values in fp32"
+                "trainer.precision is bf16-true: updates of a dense parameter below 1/256 of it are rounded "
+                "away (of the values: see model.values_optimizer.rounding); "
+                "bf16-mixed keeps the values in fp32, and all else"
             )
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -146,11 +156,19 @@ class LanguageModel(pl.LightningModule):
                     "betas": tuple(options.betas),
                     "eps": options.eps,
                     "weight_decay": 0.0 if name == "no_decay" else options.weight_decay,
-                    "clip": getattr(options, "clip", None),
                 }
             )
+            if isinstance(options, ValuesOptimizerConfig):
+                groups[-1] |= {option: getattr(options, option) for option in ROW_OPTIONS}
             schedules.append(options.schedule)
         row_gradients = {pool.values: pool.gradient for pool in self.pools.values()}
+        values_options = self._optimizers["values"]
+        if getattr(values_options, "rounding", "") == "master" and not any(
+            values.dtype == torch.bfloat16 for values in row_gradients
+        ):
+            rank_zero_warn(
+                "model.values_optimizer.rounding is master, which does nothing: no values are bf16"
+            )
         optimizer = MemoryAdamW(groups, row_gradients)
         # Not trainer.estimated_stepping_batches: it builds the loaders, and stateful ones then miss
         # their restored state (Lightning #20550).
@@ -169,7 +187,7 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip dense gradients and row gradients apart; log their norms before clipping."""
+        """Clip dense gradients and row gradients; log their norms before clipping."""
         inner = getattr(optimizer, "optimizer", optimizer)
         for name, norm in clip_gradients(inner, gradient_clip_val).items():
             self.log(f"train/gradient_norm_{name}", norm)

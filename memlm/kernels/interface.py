@@ -27,7 +27,7 @@ class RowSums(NamedTuple):
     """``[U, V]`` fp32 (fp64 for fp64 tables); beyond ``count`` undefined."""
     squares: Tensor
     """``[U]`` sum of squares of each row of ``sums``, in its dtype; beyond ``count`` zero."""
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # hides tuple.count, which nobody wants of this
     """Scalar int64 on the device: how many rows count. None: all."""
 
 

@@ -2,9 +2,10 @@
 
 from memlm.memory.config import MemoryConfig
 from memlm.memory.layer import MemoryLayer
-from memlm.memory.pool import MemoryPool, RowGradient
-from memlm.memory.product_keys import ProductKeys, candidate_pairs
+from memlm.memory.pool import MemoryPool
+from memlm.memory.product_keys import ProductKeys
 from memlm.memory.query import QueryNetwork
+from memlm.memory.row_gradient import RowGradient
 
 __all__ = [
     "MemoryConfig",
@@ -13,5 +14,4 @@ __all__ = [
     "ProductKeys",
     "QueryNetwork",
     "RowGradient",
-    "candidate_pairs",
 ]

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import nn
 
 from memlm.errors import ConfigError
+from memlm.kernels.backend import Kernels
 from memlm.memory.query import QueryNorm
 
 
@@ -17,8 +18,9 @@ class MemoryConfig:
     ``count: 1``, ``key_dim: 256``.
     """
 
-    half_keys: int = 1024
-    """K: half keys in each of the two sets of a head; the pool has K * K slots."""
+    half_keys: int | tuple[int, int] = 1024
+    """K: half keys in each of the two sets of a head; the pool has K * K slots. Two numbers [K0, K1] give the
+    sets different sizes, and the pool K0 * K1 slots."""
     heads: int = 4
     """H: heads, each with a query and half keys of its own; their reads are summed."""
     reads: int = 32
@@ -33,6 +35,11 @@ class MemoryConfig:
     """Whether a linear map from value dim to model dim follows the read (and the gate)."""
     query_norm: QueryNorm = "none"
     """none, batch (BatchNorm of the query) or qk (queries and half keys normalised, with a learned gain)."""
+    values_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the value table. bfloat16 halves it; how small updates survive: see model.values_optimizer.rounding."""
+    kernels: Kernels = "auto"
+    """Which kernels search and read: auto (by device), reference (plain PyTorch), cpu (numba) or triton. The
+    environment variable MEMLM_KERNELS overrides it."""
     layers: list[int] | None = None
     """Blocks (from 0) whose feed-forward network a memory layer replaces. Default: from count and stride."""
     count: int = 3
@@ -52,10 +59,12 @@ class MemoryConfig:
         Raises:
             ConfigError: Names the key at fault.
         """
-        for name in ("half_keys", "heads", "reads", "count", "stride"):
+        for name in ("heads", "reads", "count", "stride"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.memory.{name}", f"is {getattr(self, name)}, must be at least 1")
-        if self.reads > self.half_keys:
+        if min(self.key_grid) < 1:
+            raise ConfigError("model.memory.half_keys", f"is {self.half_keys}, must be at least 1")
+        if self.reads > min(self.key_grid):
             raise ConfigError(
                 "model.memory.reads", f"is {self.reads}, must be at most half_keys ({self.half_keys})"
             )
@@ -124,6 +133,11 @@ class MemoryConfig:
         return dim if self.value_dim is None else self.value_dim
 
     @property
+    def key_grid(self) -> tuple[int, int]:
+        """``K0`` and ``K1``, half keys in the two sets."""
+        return (self.half_keys, self.half_keys) if isinstance(self.half_keys, int) else self.half_keys
+
+    @property
     def slots(self) -> int:
         """Rows of each pool."""
-        return self.half_keys**2
+        return self.key_grid[0] * self.key_grid[1]

@@ -27,7 +27,9 @@ class MemoryLayer(nn.Module):
         half_key_dim = config.resolved_key_dim(dim) // 2
         value_dim = config.resolved_value_dim(dim)
         self.query = QueryNetwork(dim, config.heads, half_key_dim, config.query_norm)
-        self.product_keys = ProductKeys(config.heads, config.half_keys, half_key_dim, config.reads)
+        self.product_keys = ProductKeys(
+            config.heads, config.key_grid, half_key_dim, config.reads, config.kernels
+        )
         self.gate = nn.Linear(dim, value_dim) if config.gate == "silu" else None
         self.projection = nn.Linear(value_dim, dim) if config.projection else None
 
@@ -38,7 +40,7 @@ class MemoryLayer(nn.Module):
             hidden: ``[N, D]``.
 
         Returns:
-            slots: ``[N, H, R]`` int64.
+            slots: ``[N, H, R]`` int32 (int64 above 2^31 slots).
             weights: ``[N, H, R]`` fp32 (fp64 for fp64 input); they sum to one over the reads of a head.
         """
         query = self.query(hidden)

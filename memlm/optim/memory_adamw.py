@@ -7,8 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from memlm.kernels import reference
+from memlm.kernels.backend import select
+from memlm.kernels.interface import RowState, RowSums, RowUpdate, slot_dtype
 from memlm.memory import RowGradient
+from memlm.optim.row_state import (
+    OptimizerStateError,
+    add_decay,
+    check_saved,
+    load_saved,
+    new_state,
+    row_state,
+)
+
+# Elements of one chunk of rows that settle their decay.
+_CHUNK_ELEMENTS = 1_000_000
 
 
 class MemoryAdamW(torch.optim.Optimizer):
@@ -19,11 +31,28 @@ class MemoryAdamW(torch.optim.Optimizer):
 
     - ``dense``: ``torch.optim.AdamW`` (arXiv 1711.05101), bit for bit its fused implementation.
     - ``memory``: each parameter is a value table ``[S, V]`` whose gradient is a
-      :class:`~memlm.memory.RowGradient`. Rows read since ``zero_grad`` get an AdamW update; all others
-      keep their values and moments (lazy moments, as in ``torch.optim.SparseAdam``). When every row is
-      read in every step this equals AdamW; with ``weight_decay=0`` it equals SparseAdam, but for
-      epsilon, which is added after the bias correction, as in AdamW. Dense AdamW would move a row by
-      its old momentum, and decay it, in every step.
+      :class:`~memlm.memory.RowGradient`. Rows read since ``zero_grad`` are updated; all others keep every
+      bit of value and state. When every row is read in every step this equals AdamW.
+
+    Options of a memory group:
+
+    - ``method``: ``adamw``; ``adamw_rowwise``, whose second moment is one number a row, the mean square of
+      its gradient; ``sgd``, without moments.
+    - ``betas``: ``betas[0] == 0`` keeps no first moments.
+    - ``moments``: ``lazy``, the moments of a row decay only in steps that read it, as in
+      ``torch.optim.SparseAdam`` (which adds epsilon before the bias correction); ``caught_up``, when a row
+      is read they first decay for the steps it slept, and so equal those of dense AdamW.
+    - ``weight_decay``: decoupled, and owed: a row that is read first pays ``1 - lr * weight_decay`` for
+      every step it slept, with the rate of that step. :meth:`settle` makes all rows pay.
+    - ``rounding``, of bf16 tables: ``stochastic``, by a hash of ``seed``, step, row and column; ``master``
+      keeps fp32 values beside the table (taken from it when the optimizer is constructed).
+    - ``clip``: see :func:`~memlm.optim.clip_gradients`.
+
+    Distance from dense AdamW, with caught-up moments and settled decay: none without first moments. With
+    them, dense AdamW also moves a row by its old momentum while it sleeps: in the ``j``-th step of its sleep
+    by ``lr * beta1^j m / (1 - beta1^(t+j)) / (sqrt(beta2^j v / (1 - beta2^(t+j))) + eps)``, in all, late in
+    training, by at most ``lr * m / sqrt(v) * r / (1 - r)`` with ``r = beta1 / sqrt(beta2)``: 12 times
+    ``lr * m / sqrt(v)`` for betas 0.9 and 0.95. Rows here never make that move.
 
     Differs from a plain optimizer in two ways that resuming needs: the state is made in the constructor,
     and ``load_state_dict`` restores state but keeps the hyper-parameters given to the constructor, so
@@ -31,7 +60,7 @@ class MemoryAdamW(torch.optim.Optimizer):
 
     Args:
         groups: Dicts with ``params``, ``kind`` and any of ``lr``, ``betas``, ``eps``, ``weight_decay``,
-            ``name``, ``clip``.
+            ``name``; memory groups also ``clip``, ``method``, ``moments``, ``rounding``, ``seed``.
         row_gradients: The row gradient of every parameter in a memory group.
         lr: Default learning rate.
         betas: Default decay rates of the moments.
@@ -50,30 +79,31 @@ class MemoryAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
     ) -> None:
         defaults = {
-            "kind": "dense", "name": "", "lr": lr, "betas": betas, "eps": eps,
-            "weight_decay": weight_decay, "clip": None,
+            "kind": "dense", "name": "", "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "clip": None, "method": "adamw", "moments": "lazy", "rounding": "stochastic", "seed": 0,
         }  # fmt: skip
         super().__init__(groups, defaults)
         self._row_gradients = dict(row_gradients or {})
+        self._seeds: dict[nn.Parameter, int] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
-                # On the CPU, int(step) does not wait for the device; the fused kernel wants it there.
-                step_device = torch.device("cpu")
                 if group["kind"] == "memory":
                     if parameter not in self._row_gradients:
                         raise ValueError("a parameter of a memory group has no row gradient")
-                    moment_dtype = torch.promote_types(parameter.dtype, torch.float32)
+                    self.state[parameter] = new_state(parameter, group)
+                    # Tables of one optimizer must not round alike.
+                    seed = group["seed"] + len(self._seeds) * 0x9E3779B97F4A7C15
+                    self._seeds[parameter] = seed % 2**63
                 elif group["kind"] == "dense":
-                    moment_dtype = parameter.dtype
-                    if _fusible(parameter):
-                        step_device = parameter.device
+                    # The fused kernel wants the step on the parameter's device.
+                    step_device = parameter.device if _fusible(parameter) else torch.device("cpu")
+                    self.state[parameter] = {
+                        "step": torch.tensor(0.0, device=step_device),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
                 else:
                     raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
-                self.state[parameter] = {
-                    "step": torch.tensor(0.0, device=step_device),
-                    "exp_avg": torch.zeros_like(parameter, dtype=moment_dtype),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=moment_dtype),
-                }
 
     def row_gradients(self, group: dict[str, Any]) -> list[RowGradient]:
         """The row gradients of a memory group's parameters."""
@@ -98,6 +128,37 @@ class MemoryAdamW(torch.optim.Optimizer):
             else:
                 self._step_dense(group)
         return loss
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make every row pay the weight decay it owes: one pass over the tables, in chunks.
+
+        For values that must be exact where nobody is about to read them in training: before an export, or an
+        evaluation that is compared with dense AdamW. Rows that a row filter holds still pay nothing, and owe
+        nothing for the steps until now: call this before every change of a filter.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"] if group["kind"] == "memory" else ():
+                if "decayed_at" in self.state[parameter]:
+                    self._settle(parameter, group)
+
+    def _settle(self, values: nn.Parameter, group: dict[str, Any]) -> None:
+        state, gradient = self.state[values], self._row_gradients[values]
+        # A step of size zero that pays what is owed and rounds as a step does.
+        owing = RowState(decayed_at=state["decayed_at"], master=state.get("master"))
+        update = self._row_update(values, group, method="sgd", lr=0.0)
+        backend = select(values.device, gradient.kernels)
+        slots, dim = values.shape
+        chunk = min(slots, max(1, _CHUNK_ELEMENTS // max(1, dim)))
+        still = values.new_zeros(chunk, dim, dtype=torch.promote_types(values.dtype, torch.float32))
+        for start in range(0, slots, chunk):
+            end = min(start + chunk, slots)
+            rows = torch.arange(start, end, device=values.device, dtype=slot_dtype(slots))
+            if gradient.row_filter is not None:
+                rows = rows[gradient.row_filter[start:end]]
+            sums = RowSums(rows, still[: len(rows)], still.new_zeros(len(rows)))
+            backend.update_rows(values, owing, sums, None, update)
+        state["decayed_at"].fill_(update.decay_log)
 
     def _step_dense(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -125,57 +186,54 @@ class MemoryAdamW(torch.optim.Optimizer):
 
     def _step_rows(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
-            state = self.state[parameter]
+            state, gradient = self.state[parameter], self._row_gradients[parameter]
             state["step"] += 1
-            compact = self._row_gradients[parameter].compact()
-            if compact is None:
-                continue
-            rows, gradients = compact
-            reference.adamw_rows(
-                parameter,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                rows,
-                gradients,
-                step=int(state["step"]),
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
+            add_decay(state, parameter, group["lr"] * group["weight_decay"])
+            compact = gradient.compact()
+            if compact is not None:
+                update = self._row_update(parameter, group)
+                backend = select(parameter.device, gradient.kernels)
+                backend.update_rows(parameter, row_state(state), compact, gradient.factor, update)
+
+    def _row_update(self, values: nn.Parameter, group: dict[str, Any], **other: Any) -> RowUpdate:
+        state = self.state[values]
+        options = {name: group[name] for name in ("method", "lr", "betas", "eps")}
+        return RowUpdate(
+            step=int(state["step"]),
+            decay_log=float(state["decay_log"]),
+            seed=self._seeds[values],
+            **(options | other),
+        )
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore moments and step counts; hyper-parameters stay as constructed.
 
         Raises:
-            ValueError: The saved state has other groups, parameters or shapes.
+            OptimizerStateError: The saved state has other groups, parameters or shapes, or was made by
+                options that keep other tensors.
         """
         saved_groups = state_dict["param_groups"]
         saved_sizes = [len(group["params"]) for group in saved_groups]
         own_sizes = [len(group["params"]) for group in self.param_groups]
         if saved_sizes != own_sizes:
-            raise ValueError(
+            raise OptimizerStateError(
                 f"optimizer state does not fit: its groups hold {saved_sizes} parameters, "
                 f"this optimizer's {own_sizes}"
             )
-        pairs = [
-            (parameter, state_dict["state"].get(index))
-            for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
-            for parameter, index in zip(group["params"], saved_group["params"], strict=True)
-        ]
-        for number, (parameter, saved) in enumerate(pairs):
-            shape = None if saved is None else tuple(saved["exp_avg"].shape)
-            if shape != tuple(parameter.shape):
-                raise ValueError(
-                    f"optimizer state does not fit: moments {number} have shape {shape}, "
-                    f"the parameter {tuple(parameter.shape)}"
-                )
+        pairs = []
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            for number, (parameter, index) in enumerate(
+                zip(group["params"], saved_group["params"], strict=True)
+            ):
+                saved = state_dict["state"].get(index)
+                label = f"parameter {number} of group {group['name']!r}"
+                check_saved(self.state[parameter], saved, label)
+                pairs.append((parameter, saved))
         # Copied into the tensors at hand: torch's own would cast moments to the parameter's dtype, leave
         # step counts on the device they were saved from, and share tensors with the given state.
         for parameter, saved in pairs:
-            for name, tensor in self.state[parameter].items():
-                tensor.copy_(saved[name])
+            load_saved(parameter, self.state[parameter], saved)
 
 
 def _fusible(parameter: Tensor) -> bool:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from memlm.memory import MemoryLayer, MemoryPool, candidate_pairs
+from memlm.memory import MemoryLayer, MemoryPool
 from memlm.transformer.attention import Attention
 from memlm.transformer.feed_forward import SwiGLU
 
@@ -58,7 +58,6 @@ def _fan_in(linear: nn.Linear, scale: float = 1.0) -> None:
 
 
 def _memory_layer(layer: MemoryLayer) -> None:
-    layer.product_keys.candidates.copy_(candidate_pairs(layer.product_keys.reads))  # after meta
     bound = (2 * layer.product_keys.half_key_dim) ** -0.5
     nn.init.uniform_(layer.product_keys.keys, -bound, bound)
     nn.init.xavier_uniform_(layer.query.linear.weight)

@@ -1,5 +1,7 @@
 """The decoder: embedding, blocks, output layer."""
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -66,8 +68,9 @@ class Transformer(nn.Module):
         if memory is not None:
             memory.validate(config.dim, config.layers)
             pool_names = memory.pool_names(config.layers)
-            for name in dict.fromkeys(pool_names.values()):
-                self.pools[name] = _pool(memory.slots, memory.resolved_value_dim(config.dim))
+            readers = Counter(pool_names.values())
+            for name, layers in readers.items():
+                self.pools[name] = _pool(memory, config.dim, alone=layers == 1)
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList()
         for index in range(config.layers):
@@ -103,11 +106,13 @@ class Transformer(nn.Module):
         return self.output(self.norm(hidden))
 
 
-def _pool(slots: int, value_dim: int) -> MemoryPool:
+def _pool(memory: MemoryConfig, dim: int, alone: bool) -> MemoryPool:
+    slots, value_dim = memory.slots, memory.resolved_value_dim(dim)
+    dtype = getattr(torch, memory.values_dtype)
     try:
-        return MemoryPool(slots, value_dim)
+        return MemoryPool(slots, value_dim, dtype, memory.kernels, alone)
     except RuntimeError as error:
-        size = slots * value_dim * torch.get_default_dtype().itemsize / 2**30
+        size = slots * value_dim * dtype.itemsize / 2**30
         raise ConfigError(
             "model.memory.half_keys",
             f"makes {slots:,} values of {value_dim} elements, {size:,.0f} GiB, which could not be allocated",

@@ -21,7 +21,7 @@ def build(dtype=torch.float64, seed=0, layers=1, **options):
     config.layers = [0]
     config.validate(DIM, 1)
     made = [MemoryLayer(config, DIM).to(dtype) for _ in range(layers)]
-    pool = MemoryPool(config.slots, config.resolved_value_dim(DIM)).to(dtype)
+    pool = MemoryPool(config.slots, config.resolved_value_dim(DIM), alone=layers == 1).to(dtype)
     for module in (*made, pool):
         for parameter in module.parameters():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -31,7 +31,7 @@ def build(dtype=torch.float64, seed=0, layers=1, **options):
 def brute_force(layer: MemoryLayer, parameters: dict, hidden, values):
     """The layer's formula over explicit full keys and a dense table; shares only names with the code."""
     keys = parameters["product_keys.keys"]
-    heads, _, half_keys, half = keys.shape
+    heads, half_keys, half = keys.shape[0], layer.product_keys.half_keys, keys.shape[-1]
     tokens = hidden.flatten(0, -2)
     query = tokens @ parameters["query.linear.weight"].T + parameters["query.linear.bias"]
     if "query.batch_norm.weight" in parameters:
@@ -42,9 +42,9 @@ def brute_force(layer: MemoryLayer, parameters: dict, hidden, values):
     if "query.qk_gain" in parameters:
         query = query / query.square().mean(-1, keepdim=True).sqrt() * parameters["query.qk_gain"]
         keys = keys / keys.square().mean(-1, keepdim=True).sqrt()
-    pairs = list(itertools.product(range(half_keys), repeat=2))
+    pairs = list(itertools.product(*map(range, half_keys)))
     full_keys = torch.stack(
-        [torch.cat((keys[:, 0, i], keys[:, 1, j]), -1) for i, j in pairs], 1
+        [torch.cat((keys[:, i], keys[:, half_keys[0] + j]), -1) for i, j in pairs], 1
     )  # [H, S, 2C]
     scores = torch.einsum("nhc,hsc->nhs", query.flatten(2), full_keys)
     chosen = scores.argsort(-1, descending=True)[..., : layer.product_keys.reads]
@@ -62,10 +62,10 @@ def dense_gradient(pool: MemoryPool) -> torch.Tensor:
     result = torch.zeros_like(pool.values)
     compact = pool.gradient.compact()
     assert compact is not None
-    rows, sums = compact
+    rows, sums = compact.rows, compact.sums
     assert rows.tolist() == sorted(set(rows.tolist()))
     assert not sums.requires_grad
-    return result.index_copy_(0, rows, sums.to(result.dtype))
+    return result.index_copy_(0, rows.long(), sums.to(result.dtype))
 
 
 def leaves(module):
@@ -120,6 +120,8 @@ def test_output_and_all_gradients_equal_the_brute_force_layer(gate, projection, 
         {"half_keys": 1, "reads": 1, "key_dim": 2, "value_dim": 1},
         {"half_keys": 3, "reads": 3, "heads": 3, "key_dim": 10, "value_dim": 33},
         {"half_keys": 12, "reads": 11, "key_dim": 6, "value_dim": 5},
+        {"half_keys": (5, 9), "reads": 4, "value_dim": 3, "query_norm": "qk"},
+        {"half_keys": (11, 4), "reads": 4, "heads": 1},
     ],
 )
 def test_odd_shapes(options):
@@ -220,7 +222,7 @@ def test_bf16_values_are_read_and_trained():
     layers, pool = build(dtype=torch.bfloat16)
     assert layers[0](torch.randn(4, DIM).bfloat16(), pool).dtype == torch.bfloat16
     layers[0](torch.randn(4, DIM).bfloat16(), pool).sum().backward()
-    rows, sums = pool.gradient.compact()
+    rows, sums, *_ = pool.gradient.compact()
     assert sums.dtype == torch.float32 and sums.isfinite().all() and len(rows)
 
 

@@ -18,30 +18,94 @@ def memory_model(**options) -> Transformer:
     return Transformer(11, SMALL, MemoryConfig(**config))
 
 
-def test_row_gradient_sums_norms_and_scales_like_a_dense_one():
-    generator = torch.Generator().manual_seed(0)
-    gradient, dense = RowGradient(), torch.zeros(20, 6, dtype=torch.float64)
-    for tokens, reads in ((9, 4), (3, 7)):
-        slots = torch.randint(20, (tokens, reads), generator=generator)
-        weights = torch.rand(tokens, reads, generator=generator, dtype=torch.float64)
-        grad = torch.randn(tokens, 6, generator=generator, dtype=torch.float64)
-        gradient.add(slots, weights, grad)
-        dense.index_add_(0, slots.flatten(), (weights.unsqueeze(-1) * grad.unsqueeze(1)).flatten(0, 1))
-    torch.testing.assert_close(gradient.norm(), dense.norm())
+def draw(tokens, reads, seed, rows=20, dim=6):
+    generator = torch.Generator().manual_seed(seed)
+    slots = torch.randint(rows, (tokens, reads), generator=generator, dtype=torch.int32)
+    weights = torch.rand(tokens, reads, generator=generator)
+    return slots, weights, torch.randn(tokens, dim, generator=generator)
+
+
+def dense(reads, rows=20, dim=6):
+    """The gradient of a table, by brute force in float64."""
+    result = torch.zeros(rows, dim, dtype=torch.float64)
+    for slots, weights, grad in reads:
+        products = weights.double().unsqueeze(-1) * grad.double().unsqueeze(1)
+        result.index_add_(0, slots.flatten(), products.flatten(0, 1))
+    return result
+
+
+def check(gradient, expected):
+    found = gradient.compact()
+    assert found.rows.tolist() == expected.any(1).nonzero().flatten().tolist()
+    scale = 1.0 if gradient.factor is None else gradient.factor.double()
+    sums = torch.zeros_like(expected).index_copy_(0, found.rows.long(), found.sums.double() * scale)
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient.norm().double(), expected.norm(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_row_gradient_sums_norms_and_scales_like_a_dense_one(kernels, alone):
+    gradient, values = RowGradient(20, kernels, alone), torch.randn(20, 6)
+    first, second, third = draw(9, 4, 0), draw(3, 7, 1), draw(5, 2, 2)
+    for part in (first, second):
+        grad_weights = gradient.take(values, *part)
+        slots, _, grad = part
+        torch.testing.assert_close(grad_weights, (values[slots] * grad.unsqueeze(1)).sum(-1))
+    check(gradient, dense([first, second]))
     gradient.scale_(0.25)
-    rows, sums = gradient.compact()
-    torch.testing.assert_close(torch.zeros_like(dense).index_copy_(0, rows, sums), dense * 0.25)
-    gradient.add(slots, weights, grad)  # the next micro-batch, after somebody looked at the norm
-    added = torch.zeros_like(dense).index_add_(
-        0, slots.flatten(), (weights.unsqueeze(-1) * grad.unsqueeze(1)).flatten(0, 1)
-    )
-    rows, sums = gradient.compact()
-    torch.testing.assert_close(torch.zeros_like(dense).index_copy_(0, rows, sums), dense * 0.25 + added)
+    check(gradient, dense([first, second]) * 0.25)
+    assert gradient.take(values, *third, need_weights=False) is None  # after somebody looked at the norm
+    check(gradient, dense([first, second]) * 0.25 + dense([third]))
     gradient.clear()
     assert gradient.compact() is None and gradient.norm() is None
     gradient.scale_(2.0)  # of nothing
-    gradient.add(slots, weights, grad)
-    assert gradient.compact() is not None
+    gradient.take(values, *first)
+    check(gradient, dense([first]))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_only_rows_that_pass_the_filter_have_a_gradient(alone):
+    gradient, values = RowGradient(20, alone=alone), torch.randn(20, 6)
+    reads = draw(30, 4, 0)
+    gradient.row_filter = torch.arange(20) % 3 == 0
+    grad_weights = gradient.take(values, *reads)
+    torch.testing.assert_close(grad_weights, (values[reads[0]] * reads[2].unsqueeze(1)).sum(-1))
+    check(gradient, dense([reads]) * gradient.row_filter.unsqueeze(1))
+
+
+def test_borrowed_tensors_may_be_overwritten():
+    gradient, values = RowGradient(20), torch.randn(20, 6)
+    reads = draw(30, 4, 0)
+    expected = dense([reads])
+    gradient.take(values, *reads, borrowed=True)
+    for tensor in reads:
+        tensor.zero_()
+    check(gradient, expected)
+
+
+def test_the_sums_lie_in_the_same_storage_at_every_step():
+    gradient, values = RowGradient(20, alone=True), torch.randn(20, 6)
+    places = set()
+    for seed in range(3):
+        gradient.take(values, *draw(30, 4, seed))
+        places.add(gradient.compact().sums.data_ptr())
+        gradient.clear()
+    assert len(places) == 1
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    values, threads, results = torch.randn(20, 6), torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            gradient = RowGradient(20)
+            for seed in range(3):
+                gradient.take(values, *draw(2000, 4, seed))
+            results.append((*gradient.compact()[:3], gradient.norm()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_the_gradient_does_not_keep_the_forward_graph_alive():

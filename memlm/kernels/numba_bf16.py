@@ -1,0 +1,32 @@
+"""bf16 in numba kernels, which know no such type: its bits, as uint16, become fp32."""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+
+@intrinsic
+def _float_from_bits(typing_context, bits):
+    """The float32 whose bits an uint32 holds."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+def as_float32(element):
+    """In numba kernels: an element of a table, fp32 or the uint16 bits of a bf16, as fp32."""
+    raise NotImplementedError("only inside numba kernels")
+
+
+@overload(as_float32, inline="always")
+def _as_float32(element):
+    if element == types.uint16:
+        return lambda element: _float_from_bits(np.uint32(np.uint32(element) << np.uint32(16)))  # type: ignore[call-arg]
+    if element == types.float32:
+        return lambda element: element
+    return None
