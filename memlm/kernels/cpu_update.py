@@ -117,6 +117,7 @@ def _update(
                 first = max(np.int64(rows[u + _AHEAD - 1]) + 1, coming - _MOST_FILLED) if fill else coming
                 for r in range(first, coming + 1):
                     prefetch_row(table, r)
+                    prefetch_row(halves, r)
                     prefetch_row(exp_avg, r)
                     prefetch_row(exp_avg_sq, r)
             if decayed_at.shape[0] > 0:

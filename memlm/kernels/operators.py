@@ -81,7 +81,7 @@ def read_backward(
     need_weights: bool,
     borrowed: bool,
 ) -> Tensor:
-    """Gradient of :func:`read` for its weights, ``[N, L]`` in their dtype; that for the values goes to the sink."""
+    """Gradient of :func:`read` for its weights, ``[N, L]`` in their dtype; the values' goes to the sink."""
     grad_weights: Tensor | None = None
     if need_values:
         grad_weights = _sinks[sink].take(values, slots, weights, grad_output, need_weights, borrowed)

@@ -36,7 +36,7 @@ class MemoryConfig:
     query_norm: QueryNorm = "none"
     """none, batch (BatchNorm of the query) or qk (queries and half keys normalised, with a learned gain)."""
     values_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the value table. bfloat16 halves it; how small updates survive: see model.values_optimizer.rounding."""
+    """Of the value table. bfloat16 halves it; for small updates see model.values_optimizer.rounding."""
     kernels: Kernels = "auto"
     """Which kernels search and read: auto (by device), reference (plain PyTorch), cpu (numba) or triton. The
     environment variable MEMLM_KERNELS overrides it."""

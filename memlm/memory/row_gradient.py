@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from memlm.kernels.backend import select
-from memlm.kernels.interface import Backend, RowSums
+from memlm.kernels.interface import RowSums
 from memlm.kernels.operators import register_sink
 
 
@@ -117,12 +117,6 @@ class RowGradient:
         if self.factor is not None:
             weights, self.factor = weights * self.factor, None
         return rows, weights, 1, sums.sums
-
-    @property
-    def backend(self) -> Backend:
-        """The backend of the compact gradient's device."""
-        assert self._compact is not None, "nothing is compact yet"
-        return select(self._compact.sums.device, self.kernels)
 
     def norm(self) -> Tensor | None:
         """Euclidean norm of the gradient (fp32 scalar); None if nothing was read."""

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from memlm.kernels.top_k import top_k
 from memlm.language_models import DenseLM, LanguageModel, MemoryLM
 from memlm.memory import MemoryConfig, MemoryPool
 from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig
@@ -118,14 +117,3 @@ def test_rows_move_as_on_the_cpu():
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(result[30:], before[30:])
     assert (result[:30] != before[:30]).any(dim=1).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_k(dtype):
-    # Distinct in both types, so that there is one right answer.
-    scores = torch.stack([torch.randperm(200) for _ in range(64)]).to(dtype) - 100
-    values, indices = top_k(scores.to(DEVICE), 16)
-    expected_values, expected_indices = top_k(scores, 16)
-    assert values.device.type == DEVICE
-    assert torch.equal(values.cpu(), expected_values)
-    assert torch.equal(indices.cpu(), expected_indices)
