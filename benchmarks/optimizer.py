@@ -131,9 +131,9 @@ def _sparse_adam(
     """SparseAdam given distinct rows and their sums, as ours is; and given them as a sparse embedding leaves
     them, for its step to coalesce.
 
-    Its time is that of its temporaries: in a fresh process their pages are new in every step; once the
-    process has freed blocks of up to 32 MB, glibc keeps them. The bar is for the fresh process, so this comes
-    first; it comes again at the end, under another name.
+    Most of its time goes to page faults of its temporaries, and how many there are depends on what the
+    process has freed before (glibc then keeps more memory): it is measured first, for the bar, and once more
+    at the end.
     """
     backend = select(values.device)
     ours = f"row AdamW beside it, 5 % of rows{suffix}"

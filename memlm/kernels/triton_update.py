@@ -59,6 +59,8 @@ def update_rows(
             COLUMNS=columns,
             num_warps=warps,
         )
+    # Autograd must notice when a table is changed between a forward pass and its backward pass.
+    torch.autograd.graph.increment_version(values)
 
 
 def _log(beta: float) -> float:

@@ -357,3 +357,8 @@ def test_no_count_updates_all_rows():
     gradient = RowSums(torch.tensor([0, 3]), torch.ones(2, 2), torch.ones(2))
     backend.update_rows(values, RowState(), gradient, None, RowUpdate("sgd", 1, 0.5))
     assert values.tolist() == [[-0.5, -0.5], [0, 0], [0, 0], [-0.5, -0.5]]
+
+
+def test_search_takes_both_zeros_for_equal():
+    first, second = torch.tensor([[[-0.0, 0.0, -1.0]]]), torch.tensor([[[1.0, 0.5, 0.2]]])
+    assert backend.best_slots(first, second, 2)[0].tolist() == [[[0, 3]]]
