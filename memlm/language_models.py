@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memlm.errors import CheckpointError, ConfigError
 from memlm.flops import Counts, count
+from memlm.kernels.backend import select
 from memlm.memory import MemoryConfig, MemoryPool
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
 from memlm.optim import (
@@ -70,8 +71,10 @@ class LanguageModel(pl.LightningModule):
         return {name: cast(MemoryPool, pool) for name, pool in self.transformer.pools.items()}
 
     def architecture(self) -> dict[str, Any]:
-        """Everything that decides the parameters' names and shapes, as plain values."""
+        """Everything that decides the parameters' names, shapes and types, as plain values."""
         sections = {name: asdict(config) for name, config in self._configs.items()}
+        # Not what a checkpoint fixes: it may be read by other kernels, on another device.
+        sections.get("memory", {}).pop("kernels", None)
         return {"class_path": f"memlm.{type(self).__name__}", "vocab_size": self.vocab_size, **sections}
 
     def counts(self, sequence_length: int) -> Counts:
@@ -88,6 +91,8 @@ class LanguageModel(pl.LightningModule):
         token_bytes = data.tokenizer.token_bytes if data is not None else None
         # The module itself is moved to the device only after this hook.
         device = self.trainer.strategy.root_device
+        for pool in self.pools.values():
+            select(device, pool.gradient.kernels)  # raises now, not in the first step
         for name in ("val", "test"):
             self.losses[name] = TokenLoss(token_bytes).to(device)
             self.recalls[name] = FactRecall().to(device)

@@ -17,6 +17,8 @@ from memlm.kernels.numba_threads import torch_threads
 
 # Sorted reads of one task. A row read more often is shared by several tasks.
 _TASK_READS = 2048
+# The sorted keys keep a slot in the upper half of an int64.
+_MOST_SLOTS = 2**31
 # Reordering of sums is fixed when a kernel is compiled; it depends on the value dim only.
 _FAST = {"reassoc", "nsz", "contract", "arcp"}
 
@@ -52,7 +54,7 @@ def row_sums(
     buffer: Tensor | None = None,
 ) -> RowSums:
     """See :meth:`memlm.kernels.interface.Backend.row_sums`."""
-    if grad_output.dtype == torch.float64:
+    if grad_output.dtype == torch.float64 or num_slots >= _MOST_SLOTS:
         return reference.row_sums(slots, weights, tokens, grad_output, num_slots, buffer)
     nothing = np.empty((0, grad_output.shape[1]), np.float32)
     return _grouped(slots, weights, tokens, grad_output, num_slots, buffer, nothing, np.empty(0, np.float32))
@@ -62,7 +64,7 @@ def read_backward(
     values: Tensor, slots: Tensor, weights: Tensor, grad_output: Tensor, buffer: Tensor | None = None
 ) -> tuple[Tensor, RowSums]:
     """See :meth:`memlm.kernels.interface.Backend.read_backward`."""
-    if values.dtype == torch.float64:
+    if values.dtype == torch.float64 or values.shape[0] >= _MOST_SLOTS:
         return reference.read_backward(values, slots, weights, grad_output, buffer)
     grad_weights = torch.empty(slots.shape)
     sums = _grouped(
@@ -95,7 +97,7 @@ def _grouped(
         keys = np.empty(reads, np.int64)
         _pack(_array(slots), keys)
         keys.sort()  # the numbers of the reads in the lower half make the order unique, hence stable
-        rows = np.empty(min(reads, num_slots), np.int64 if num_slots >= 2**31 else np.int32)
+        rows = np.empty(min(reads, num_slots), np.int32)
         starts = np.empty(rows.shape[0] + 1, np.int64)
         found = _boundaries(keys, num_slots, rows, starts) if reads else 0
         sums = _storage(buffer, found * dim).view(found, dim)
@@ -221,7 +223,7 @@ def _read_and_token(key, tokens, per_token):
 
 @njit(fastmath=_FAST, inline="always")
 def _add_reads(keys, begin, last, weights, tokens, per_token, grads, totals, to):
-    """``totals[to] = sum of weight * gradient`` over the reads from ``m`` to ``last``, four at a time."""
+    """``totals[to] = sum of weight * gradient`` over the reads from ``begin`` to ``last``, four at a time."""
     m, total = begin, totals[to]
     dim = total.shape[0]
     r, n = _read_and_token(keys[m], tokens, per_token)

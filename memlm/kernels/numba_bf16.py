@@ -1,4 +1,7 @@
-"""bf16 in numba kernels, which know no such type: its bits, as uint16, become fp32."""
+"""bf16 in numba kernels, which know no such type: its bits, as uint16, become fp32.
+
+Numba's cache on disk watches the file of a kernel, not those of its callees: after a change here, touch them.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""A prefetch for numba kernels that visit rows of a table in no order the hardware could guess."""
+"""A prefetch for numba kernels that visit rows of a table in no order the hardware could guess.
+
+Numba's cache on disk watches the file of a kernel, not those of its callees: after a change here, touch them.
+"""
 
 from llvmlite import ir
 from numba import njit, types

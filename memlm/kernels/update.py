@@ -1,6 +1,7 @@
 """The row optimizer in plain PyTorch, and the random bits of its stochastic rounding."""
 
 import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -10,10 +11,11 @@ from memlm.kernels.interface import RowState, RowSums, RowUpdate
 # Elements of one chunk of rows.
 _CHUNK_ELEMENTS = 500_000
 _MASK = 0xFFFFFFFF
+_Bits = TypeVar("_Bits", Tensor, int)
 
 
-def mix(bits: Tensor) -> Tensor:
-    """MurmurHash3's 32-bit finaliser, on unsigned 32-bit numbers held in int64."""
+def mix(bits: _Bits) -> _Bits:
+    """MurmurHash3's 32-bit finaliser, on unsigned 32-bit numbers held in int64, or on a single one."""
     bits = bits & _MASK
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _MASK
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _MASK
@@ -22,11 +24,7 @@ def mix(bits: Tensor) -> Tensor:
 
 def rounding_key(seed: int, step: int) -> int:
     """The 32-bit key of one step's random bits."""
-    key = torch.tensor([seed & _MASK, (seed >> 32) & _MASK, step & _MASK])
-    state = mix(key[:1])
-    for word in (key[1:2], key[2:]):
-        state = mix(state ^ word)
-    return int(state)
+    return mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ step)
 
 
 def rounding_bits(rows: Tensor, columns: int, seed: int, step: int) -> Tensor:

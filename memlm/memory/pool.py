@@ -43,7 +43,6 @@ class MemoryPool(nn.Module):
         super().__init__()
         self.slots = slots
         self.value_dim = value_dim
-        self.kernels = kernels
         self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype))
         self.gradient = RowGradient(slots, kernels, alone)
         self.observers: list[Callable[[Tensor, Tensor], None]] = []
@@ -69,7 +68,12 @@ class MemoryPool(nn.Module):
         if torch.compiler.is_compiling() and self.values.requires_grad and not weights.requires_grad:
             return self._read_outside(slots, weights)
         return operators.read(
-            self.values, slots, weights, self.kernels, self.gradient.number, torch.compiler.is_compiling()
+            self.values,
+            slots,
+            weights,
+            self.gradient.kernels,
+            self.gradient.number,
+            torch.compiler.is_compiling(),
         )
 
     @torch.compiler.disable
@@ -80,7 +84,7 @@ class MemoryPool(nn.Module):
     @torch.compiler.disable
     def _read_outside(self, slots: Tensor, weights: Tensor) -> Tensor:
         """A compiler would drop the backward pass of a read of which it needs no gradient."""
-        return operators.read(self.values, slots, weights, self.kernels, self.gradient.number, False)
+        return operators.read(self.values, slots, weights, self.gradient.kernels, self.gradient.number, False)
 
     def extra_repr(self) -> str:
         return f"slots={self.slots}, value_dim={self.value_dim}, dtype={self.values.dtype}"

@@ -43,5 +43,5 @@ class QueryNetwork(nn.Module):
         return query
 
     def normalise_keys(self, keys: Tensor) -> Tensor:
-        """The half keys ``[H, 2, K, C]`` as this network's queries are to be compared with them."""
+        """The half keys ``[H, K0 + K1, C]`` as this network's queries are to be compared with them."""
         return keys if self.qk_gain is None else F.rms_norm(keys, (self.half_key_dim,))

@@ -73,8 +73,8 @@ def owe_from_now(state: dict[str, Tensor], values: Tensor) -> None:
     state["decayed_at"] = values.new_full((values.shape[0],), float(state["decay_log"]), dtype=torch.float64)
 
 
-def add_decay(state: dict[str, Tensor], values: Tensor, rate: float) -> float:
-    """Count one step's decay, ``rate = lr * weight_decay``, as owed by every row; returns ``decay_log``."""
+def add_decay(state: dict[str, Tensor], values: Tensor, rate: float) -> None:
+    """Count one step's decay, ``rate = lr * weight_decay``, as owed by every row."""
     # Lightning moves all of a state but "step" to the device of the parameters.
     state["decay_log"] = state["decay_log"].cpu()
     if rate:
@@ -85,7 +85,6 @@ def add_decay(state: dict[str, Tensor], values: Tensor, rate: float) -> float:
         if "decayed_at" not in state:  # weight decay was 0 until now
             owe_from_now(state, values)
         state["decay_log"] += math.log1p(-rate)
-    return float(state["decay_log"])
 
 
 def check_saved(own: dict[str, Tensor], saved: dict[str, Any] | None, label: str) -> None:

@@ -1,7 +1,6 @@
 """The benchmark scripts at tiny sizes: they run, name every bar, and write what their page is made of."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +74,8 @@ def check(content, name, measured):
             assert ratio["value"] is None and ratio["unmeasured"] == "needs a GPU"
     assert content["machine"]["cpu"] and content["machine"]["cores"] >= 1
     if sys.platform == "linux":
-        assert 0 <= content["machine"]["cores_used_by_others"] <= os.cpu_count() + 1
+        # How many is not bounded here: the kernel counts in ticks of 10 ms, longer than these runs.
+        assert isinstance(content["machine"]["cores_used_by_others"], float)
     assert content["versions"]["torch"] == torch.__version__
     assert content["sizes"] and set(content["medians"]) == {row["operation"] for row in content["operations"]}
     assert all(median > 0 for median in content["medians"].values())

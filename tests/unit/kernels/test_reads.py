@@ -155,3 +155,12 @@ def test_any_number_of_threads_gives_the_same_bits(dtype):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@BACKENDS
+def test_slots_above_two_billion_are_summed_right(backend):
+    slots = torch.tensor([2**31 + 3, 5, 2**31 + 3, 2**31 - 1, 2**32], dtype=torch.int64)
+    grad = torch.arange(10.0).view(5, 2)
+    found = backend.row_sums(slots, torch.ones(5), 1, grad, 2**32)
+    assert found.rows.tolist() == [5, 2**31 - 1, 2**31 + 3]  # the last read is marked as left out
+    assert found.sums.tolist() == [[2.0, 3.0], [6.0, 7.0], [4.0, 6.0]]
