@@ -9,8 +9,6 @@ model took. A seed changes facts, order and initial values.
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,26 +17,9 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-METRICS = ("val/recall", "val/recall_seen_phrasing", "val/recall_control", "val/loss")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-
-def fit(root: Path, name: str, config: str, seed: int, *flags: str) -> dict[str, Any]:
-    """One run: its last validation, its training seconds and steps."""
-    command = [sys.executable, "-m", "memlm", "fit", "--config", f"configs/{config}.yaml"]
-    command += [f"--run.root={root}", f"--run.name={name}", f"--seed_everything={seed}"]
-    command += [f"--data.seed={seed}", "--trainer.enable_progress_bar=false", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    header, *rows = [line.split(",") for line in (root / name / "metrics.csv").read_text().split()]
-    table = [dict(zip(header, row, strict=True)) for row in rows]
-    last = [row for row in table if row.get("val/recall")][-1]
-    environment = json.loads((root / name / "environment.json").read_text())
-    result = {metric: float(last[metric]) for metric in METRICS}
-    result |= {"seed": seed, "steps": int(last["step"]), "train_seconds": environment["train_seconds"]}
-    print(f"  {name}: recall {result['val/recall']:.3f}, {result['train_seconds']:.0f} s", flush=True)
-    return result
+from benchmarks.fits import ROOT, environment_of, fit, write
 
 
 def quickstart_steps() -> int:
@@ -74,7 +55,7 @@ def main() -> None:
         settings[f"dense, rate {best:g}, half the batch"] = [
             fit(root, f"dense_half_batch_{seed}", "quickstart_dense", seed, *smaller) for seed in seeds
         ]
-        environment = json.loads((root / "memory_0/environment.json").read_text())
+        environment = environment_of(root, "memory_0")
         step_seconds = mean(run["train_seconds"] / run["steps"] for run in dense)
         steps = round(mean(run["train_seconds"] for run in memory) / step_seconds)
         settings[f"dense, rate {best:g}, as many seconds as Memory+"] = [
@@ -88,17 +69,15 @@ def main() -> None:
         seconds = mean(run["train_seconds"] for run in runs)
         print(f"{name:44} {runs[0]['steps']:6} {seconds:8.0f}  {recall}")
     if arguments.json:
+        configs = ("quickstart", "quickstart_dense")
         content = {
-            "command": " ".join(["python", "benchmarks/quickstart.py", *sys.argv[1:]]),
             "environment": environment,
             "configs": {
-                name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())
-                for name in ("quickstart", "quickstart_dense")
+                name: yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text()) for name in configs
             },
             "settings": settings,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(arguments.json, content)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from memlm.language_models import DenseLM, LanguageModel, MemoryLM
+    from memlm.language_models import PEERLM, DenseLM, EngramLM, LanguageModel, MemoryLM, MoELM
 
 __version__ = "0.1.0"
-__all__ = ["DenseLM", "LanguageModel", "MemoryLM"]
+__all__ = ["PEERLM", "DenseLM", "EngramLM", "LanguageModel", "MemoryLM", "MoELM"]
 
 
 def __getattr__(name: str) -> Any:

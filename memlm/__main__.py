@@ -30,6 +30,11 @@ VERBS = (
     Verb("predict", "write the model's answers to predictions.jsonl", "memlm.cli:predict"),
     Verb("compare", "print one table of several runs and draw their curves", "memlm.compare:main"),
     Verb(
+        "params",
+        "count parameters, FLOPs and bytes: memlm params --config X.yaml",
+        "memlm.parameters:main",
+    ),
+    Verb(
         "tokenizer",
         "train a byte-level BPE tokenizer on text files",
         "data_modules.tokenizer_training:main",

@@ -21,6 +21,7 @@ from callbacks.run_directory import RunDirectory
 from data_modules.base import LanguageDataModule
 from memlm.discovery import import_all
 from memlm.errors import ConfigError
+from memlm.huggingface import read_architecture
 from memlm.language_models import LanguageModel
 from memlm.loggers import run_loggers
 from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
@@ -101,20 +102,34 @@ class CommandLine(LightningCLI):
                 raise ConfigError(
                     "ckpt_path", f"is needed: memlm {self.verb} --ckpt_path last (or best, or a .ckpt file)"
                 )
+            self._take_pretrained_architecture()
             return
         self.checkpoint = resolve_checkpoint(str(config.ckpt_path), self.run, config.weights_only)
         self.checkpoint_content = read_checkpoint(self.checkpoint, config.weights_only)
         config.ckpt_path = str(self.checkpoint)
         if self.verb != "fit":
             self.files = RunFiles.of_checkpoint(self.checkpoint)
+        self._take_architecture(self.checkpoint_content["architecture"], self.checkpoint)
+
+    def _take_pretrained_architecture(self) -> None:
+        """Where a fit starts from a pretrained model, the resolved config holds that model's shape."""
+        model = self.config[self.verb].model
+        pretrained = model.init_args.get("pretrained")
+        if pretrained is not None:
+            folder = Path(pretrained.folder)
+            self._take_architecture({"class_path": model.class_path, **read_architecture(folder)}, folder)
+
+    def _take_architecture(self, architecture: dict[str, Any], path: Path) -> None:
+        """Puts the architecture of a checkpoint into the config, where the user has not set it."""
+        model = self.config[self.verb].model
         overrides = architecture_overrides(
-            self.checkpoint_content["architecture"],
-            config.model.as_dict(),
+            architecture,
+            model.as_dict(),
             self.explicit.model.as_dict() if "model" in self.explicit else {},
-            self.checkpoint,
+            path,
         )
-        model = {"class_path": config.model.class_path, "init_args": overrides}
-        self.config = self.parser.parse_object({self.verb: {"model": model}}, self.config)
+        changed = {"class_path": model.class_path, "init_args": overrides}
+        self.config = self.parser.parse_object({self.verb: {"model": changed}}, self.config)
 
     # -- building
 

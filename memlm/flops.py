@@ -1,16 +1,18 @@
 """Counted, not measured: parameters, FLOPs and bytes of a model.
 
-A multiply-add is two FLOPs. Matrix products and attention count, elementwise work does not (nor does
-``torch.utils.flop_counter`` count it); a weighted read counts ``2 * V`` FLOPs a row, and its bytes.
+What counts as a FLOP: see :mod:`memlm.cost`. A read of a row of ``V`` elements counts ``2 * V``.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from memlm.memory import MemoryLayer, MemoryPool
+from torch import nn
+
+from memlm.cost import Flops, products
+from memlm.memory import MemoryPool
 from memlm.transformer import Block, Transformer
-from memlm.transformer.feed_forward import SwiGLU
 
 
 @dataclass
@@ -20,13 +22,18 @@ class Counts:
     total: int
     """Parameters, all."""
     active: int
-    """Parameters that one token uses: of the pools only the rows it reads, of the embedding one row."""
+    """Parameters that one token uses: of the pools the rows it reads, of the experts those it is sent to, and
+    one row of the embedding."""
     memory: int
     """Parameters in the pools."""
+    embedding: int
+    """Parameters of the token embedding and the output layer."""
     flops_per_token: int
     """Forward FLOPs a token, at the given sequence length."""
+    backward_flops_per_token: int
+    """Backward FLOPs a token."""
     values_read_per_token: int
-    """Value rows that one token reads, over all layers."""
+    """Rows of pools that one token reads, over all layers."""
     bytes_read_per_token: int
     """Bytes of those rows, at the values' dtype."""
 
@@ -43,35 +50,73 @@ def count(model: Transformer, sequence_length: int) -> Counts:
         sequence_length: ``T``, tokens in a sequence. Causal attention is counted as if every position
             attended to all ``T``, as flop_counter does.
     """
-    memory = sum(cast(MemoryPool, pool).values.numel() for pool in model.pools.values())
-    total = sum(parameter.numel() for parameter in model.parameters())
-    vocab_size, dim = model.embedding.weight.shape
-    flops = values_read = bytes_read = read_elements = 0
+    flops, reads, bytes_read, read_elements, active = Flops(), 0, 0, 0, 0
     for block in cast(Iterable[Block], model.blocks):
-        attention, feed_forward = block.attention, block.feed_forward
-        projections = (attention.query, attention.key, attention.value, attention.output)
-        flops += sum(2 * linear.weight.numel() for linear in projections)
-        flops += 2 * 2 * sequence_length * attention.heads * attention.head_dim
-        if isinstance(feed_forward, MemoryLayer):
-            assert block.pool_name is not None
-            pool = cast(MemoryPool, model.pools[block.pool_name])
-            reads = feed_forward.product_keys.heads * feed_forward.product_keys.reads
-            values_read += reads
-            read_elements += reads * pool.value_dim
-            bytes_read += reads * pool.value_dim * pool.values.element_size()
-            flops += memory_layer_flops(feed_forward) + 2 * reads * pool.value_dim
-        elif isinstance(feed_forward, SwiGLU):
-            flops += sum(2 * parameter.numel() for parameter in feed_forward.parameters())
-        else:
-            raise TypeError(f"no count for a feed-forward of type {type(feed_forward).__name__}")
-    flops += 2 * vocab_size * dim
-    embedding_unused = 0 if model.config.tie_embeddings else (vocab_size - 1) * dim
-    active = total - memory - embedding_unused + read_elements
-    return Counts(total, active, memory, flops, values_read, bytes_read)
+        for layer in (block.attention, block.feed_forward, block.memory):
+            if layer is not None:
+                flops += layer.flops(sequence_length)  # type: ignore[operator]
+                active += layer.active_parameters()  # type: ignore[operator]
+        active += block.attention_norm.weight.numel() + block.feed_forward_norm.weight.numel()
+        for pool in (cast(MemoryPool, model.pools[name]) for name in block.pool_names):
+            rows = cast(int, cast(nn.Module, block.memory).rows_read)
+            flops += read_flops(rows, pool.value_dim)
+            reads += rows
+            read_elements += rows * pool.value_dim
+            bytes_read += rows * pool.value_dim * pool.values.element_size()
+    flops += products(model.output.weight)
+    embedding = model.embedding.weight.numel()
+    dim = model.config.dim
+    return Counts(
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        active=active + read_elements + dim + embedding + (0 if model.config.tie_embeddings else dim),
+        memory=sum(cast(MemoryPool, pool).values.numel() for pool in model.pools.values()),
+        embedding=embedding * (1 if model.config.tie_embeddings else 2),
+        flops_per_token=flops.forward,
+        backward_flops_per_token=flops.backward,
+        values_read_per_token=reads,
+        bytes_read_per_token=bytes_read,
+    )
 
 
-def memory_layer_flops(layer: MemoryLayer) -> int:
-    """Matrix-product FLOPs of a memory layer for one token: query, half-key scores, gate, projection."""
-    linears = (layer.query.linear, layer.gate, layer.projection)
-    weights = sum(linear.weight.numel() for linear in linears if linear is not None)
-    return 2 * (weights + layer.product_keys.keys.numel())
+def read_flops(rows: int, value_dim: int) -> Flops:
+    """Of a token that reads so many rows; backwards once for the rows and once for their weights."""
+    return Flops(2 * rows * value_dim, 4 * rows * value_dim)
+
+
+PARTS = (
+    (r"^embedding\.", "token embedding"),
+    (r"^output\.", "output layer"),
+    (r"\.attention\.", "attention"),
+    (r"\.feed_forward\.", "feed-forward networks"),
+    (r"\.experts\.", "experts"),
+    (r"\.memory\.query\.", "memory: query"),
+    (r"\.memory\.product_keys\.", "memory: half keys"),
+    (r"\.memory\.gate\.", "memory: gate"),
+    (r"\.memory\.projection\.", "memory: projection"),
+    (r"\.memory\.", "memory: other"),
+    (r"(^|[._])norm\.", "norms"),
+    (r"", "other"),
+)
+"""A pattern searched in a parameter's name, and the part it belongs to; the first match decides."""
+
+
+def parts(model: Transformer) -> dict[str, int]:
+    """Parameters of each part of a model; they add up to the total.
+
+    Args:
+        model: The transformer; may be on the meta device.
+
+    Returns:
+        Part -> parameters, empty parts left out. Routers and shared experts belong to the experts; every pool
+        is a part of its own, ``values: <name>``.
+    """
+    sizes = dict.fromkeys((part for _, part in PARTS), 0)
+    for name, parameter in model.named_parameters():
+        pool = re.fullmatch(r"pools\.(\w+)\.values", name)
+        block = re.match(r"blocks\.(\d+)\.feed_forward\.", name)
+        if block and int(block[1]) in model.experts:
+            name = name.replace("feed_forward", "experts", 1)
+        part = next(part for pattern, part in PARTS if re.search(pattern, name))
+        part = f"values: {pool[1]}" if pool else part
+        sizes[part] = sizes.get(part, 0) + parameter.numel()
+    return {part: size for part, size in sizes.items() if size}

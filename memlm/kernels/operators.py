@@ -1,16 +1,21 @@
 """The table's operations as PyTorch operators: with fake kernels and gradients, whole under torch.compile.
 
-Two have a gradient: ``memlm::read`` and ``memlm::search``. A read's gradient for the table would be as large
-as the table; it goes to a *sink* instead, an object that the operators know by its number, because an
-operator takes nothing but tensors and plain values.
+Three have a gradient: ``memlm::read``, ``memlm::dot`` and ``memlm::search``. The gradient of the first two
+for the table would be as large as the table; it goes to a *sink* instead, an object that the operators know
+by its number, because an operator takes nothing but tensors and plain values.
+
+Torch's FLOP counter (``torch.utils.flop_counter``) does not look into operators such as these: their formulas
+stand beside them.
 """
 
 import itertools
+import math
 from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from memlm.kernels.backend import select
 from memlm.kernels.interface import slot_dtype
@@ -95,9 +100,9 @@ def _(values, slots, weights, grad_output, kernels, sink, need_values, need_weig
     return torch.empty_like(weights, memory_format=torch.contiguous_format)
 
 
-def _read_context(ctx, inputs, output):
-    values, slots, weights, ctx.kernels, ctx.sink, ctx.borrowed = inputs
-    ctx.save_for_backward(values, slots, weights)
+def _table_context(ctx, inputs, output):
+    values, slots, factors, ctx.kernels, ctx.sink, ctx.borrowed = inputs
+    ctx.save_for_backward(values, slots, factors)
 
 
 def _read_gradient(ctx, grad_output):
@@ -108,7 +113,82 @@ def _read_gradient(ctx, grad_output):
     return None, None, grad_weights if need_weights else None, None, None, None
 
 
-read.register_autograd(_read_gradient, setup_context=_read_context)
+read.register_autograd(_read_gradient, setup_context=_table_context)
+
+
+@torch.library.custom_op("memlm::dot", mutates_args=())
+def dot(values: Tensor, slots: Tensor, hidden: Tensor, kernels: str, sink: int, borrowed: bool) -> Tensor:
+    """``out[n, l] = <hidden[n], values[slots[n, l]]>``.
+
+    This is the gradient of a read for its weights, and its own gradient is a read and the gradient of a read
+    for the table: it needs no kernels of its own, and gathers no rows.
+
+    Args:
+        values: ``[S, V]``.
+        slots: ``[N, L]``.
+        hidden: ``[N, V]``.
+        kernels: See :func:`memlm.kernels.backend.select`.
+        sink: Number of the sink that takes the gradient of ``values``.
+        borrowed: Whether this is part of a compiled graph.
+
+    Returns:
+        ``[N, L]`` fp32 (fp64 for fp64 values).
+    """
+    return select(values.device, kernels).read_weight_gradient(values, slots, hidden)
+
+
+@dot.register_fake
+def _(values, slots, hidden, kernels, sink, borrowed):
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    return values.new_empty(slots.shape, dtype=dtype)
+
+
+@torch.library.custom_op("memlm::dot_backward", mutates_args=())
+def dot_backward(
+    values: Tensor,
+    slots: Tensor,
+    hidden: Tensor,
+    grad_output: Tensor,
+    kernels: str,
+    sink: int,
+    need_values: bool,
+    need_hidden: bool,
+    borrowed: bool,
+) -> Tensor:
+    """Gradient of :func:`dot` for the hidden states, in their dtype; the values' goes to the sink."""
+    if need_values:
+        _sinks[sink].take(values, slots, grad_output, hidden, False, borrowed)
+    if not need_hidden:
+        return torch.zeros_like(hidden)
+    return select(values.device, kernels).weighted_read(values, slots, grad_output).to(hidden.dtype)
+
+
+@dot_backward.register_fake
+def _(values, slots, hidden, grad_output, kernels, sink, need_values, need_hidden, borrowed):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _dot_gradient(ctx, grad_output):
+    need_values, _, need_hidden = ctx.needs_input_grad[:3]
+    grad_hidden = dot_backward(
+        *ctx.saved_tensors, grad_output, ctx.kernels, ctx.sink, need_values, need_hidden, ctx.borrowed
+    )
+    return None, None, grad_hidden if need_hidden else None, None, None, None
+
+
+dot.register_autograd(_dot_gradient, setup_context=_table_context)
+
+
+@register_flop_formula([torch.ops.memlm.read, torch.ops.memlm.dot])
+def _table_flops(values, slots, *_, **__) -> int:
+    return 2 * math.prod(slots) * values[1]
+
+
+@register_flop_formula([torch.ops.memlm.read_backward, torch.ops.memlm.dot_backward])
+def _table_backward_flops(
+    values, slots, factors, grad_output, kernels, sink, need_values, need_factors, *_, **__
+) -> int:
+    return 2 * math.prod(slots) * values[1] * (need_values + need_factors)
 
 
 @torch.library.custom_op("memlm::search", mutates_args=())
@@ -197,3 +277,14 @@ def _search_gradient(ctx, grad_scores, _):
 
 
 search.register_autograd(_search_gradient, setup_context=_search_context)
+
+
+@register_flop_formula(torch.ops.memlm.search)
+def _search_flops(query, keys, *_, **__) -> int:
+    return 2 * query[0] * math.prod(keys)
+
+
+@register_flop_formula(torch.ops.memlm.search_backward)
+def _search_backward_flops(query, keys, slots, *_, **__) -> int:
+    """A multiply-add for the query and one for the keys, for each element of the half keys selected."""
+    return 2 * 2 * (2 * math.prod(slots) * keys[2])

@@ -1,18 +1,20 @@
-"""Options of the memory layers, and where they stand in the model."""
+"""Options of the memory layers."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
-
-from torch import nn
 
 from memlm.errors import ConfigError
 from memlm.kernels.backend import Kernels
+from memlm.memory.layer import MemoryLayer, PreValues
+from memlm.memory.placement import Mode, Placed, PlacementConfig, build_pools
+from memlm.memory.pool import MemoryPool
 from memlm.memory.query import QueryNorm
 
 
 @dataclass
-class MemoryConfig:
-    """Memory layers in the place of feed-forward networks (Memory Layers at Scale, section 3).
+class MemoryConfig(PlacementConfig):
+    """Memory layers (Memory Layers at Scale, section 3).
 
     The defaults are the paper's Memory+. Its vanilla Memory is ``gate: none``, ``projection: false``,
     ``count: 1``, ``key_dim: 256``.
@@ -33,6 +35,14 @@ class MemoryConfig:
     """silu: the read is multiplied by silu of a linear map of the layer's input. none: it is not."""
     projection: bool = True
     """Whether a linear map from value dim to model dim follows the read (and the gate)."""
+    pre_values: PreValues = "none"
+    """Activation of one-neuron experts (PEER): the weight of each read is multiplied by the activation of the
+    dot product of the layer's input and the slot's row in a second pool, "<name>_down". none: no second pool.
+    """
+    value_expansion: int = 1
+    """E: virtual tables over the one that is stored, each with a projection of its own (UltraMem): the keys
+    address half_keys * half_keys virtual slots, and the pool has that number divided by E. Above 1 it needs
+    projection: true."""
     query_norm: QueryNorm = "none"
     """none, batch (BatchNorm of the query) or qk (queries and half keys normalised, with a learned gain)."""
     values_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -40,14 +50,9 @@ class MemoryConfig:
     kernels: Kernels = "auto"
     """Which kernels search and read: auto (by device), reference (plain PyTorch), cpu (numba) or triton. The
     environment variable MEMLM_KERNELS overrides it."""
-    layers: list[int] | None = None
-    """Blocks (from 0) whose feed-forward network a memory layer replaces. Default: from count and stride."""
-    count: int = 3
-    """Number of memory layers, placed around the middle of the model; only used if layers is not given."""
-    stride: int = 4
-    """Distance in blocks between two of them; only used if layers is not given."""
-    layer_pools: list[str] | None = None
-    """Name of the pool of each memory layer, in their order. Default: all share the pool "main"."""
+    mode: Literal["replace", "beside"] = "replace"
+    """replace: the memory layer stands in the place of the block's feed-forward network (the paper). beside:
+    it stands beside it, reads the same input, and their outputs are added (UltraMemV2)."""
 
     def validate(self, dim: int, depth: int) -> None:
         """Check all values against each other and the model.
@@ -59,7 +64,7 @@ class MemoryConfig:
         Raises:
             ConfigError: Names the key at fault.
         """
-        for name in ("heads", "reads", "count", "stride"):
+        for name in ("heads", "reads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.memory.{name}", f"is {getattr(self, name)}, must be at least 1")
         if min(self.key_grid) < 1:
@@ -80,49 +85,65 @@ class MemoryConfig:
                 f"is {value_dim}, which differs from model.transformer.dim ({dim}); "
                 "that needs model.memory.projection: true",
             )
-        placement = self.placement(depth)
-        if not placement:
-            raise ConfigError("model.memory.layers", "is empty; name at least one block, or use DenseLM")
-        if len(set(placement)) != len(placement) or placement != sorted(placement):
-            raise ConfigError("model.memory.layers", f"is {placement}, must be ascending without repeats")
-        if placement[0] < 0 or placement[-1] >= depth:
-            key = "layers" if self.layers is not None else "stride"
+        if self.value_expansion < 1 or self.virtual_slots % self.value_expansion:
             raise ConfigError(
-                f"model.memory.{key}",
-                f"places memory in blocks {placement}, but model.transformer.layers is {depth} "
-                f"(blocks 0 to {depth - 1})",
+                "model.memory.value_expansion",
+                f"is {self.value_expansion}, must divide the {self.virtual_slots:,} virtual slots",
             )
-        if self.layer_pools is not None and len(self.layer_pools) != len(placement):
+        if self.value_expansion > 1 and not self.projection:
             raise ConfigError(
-                "model.memory.layer_pools",
-                f"names {len(self.layer_pools)} pools for {len(placement)} memory layers; give one for each",
+                "model.memory.value_expansion",
+                f"is {self.value_expansion}: virtual tables differ by their projections; "
+                "that needs model.memory.projection: true",
             )
-        for name in self.layer_pools or []:
-            if not name.isidentifier():
-                raise ConfigError(
-                    "model.memory.layer_pools", f"{name!r} is not a name (letters, digits, underscores)"
-                )
-            if hasattr(nn.ModuleDict, name) or name == "training":
+        self.validate_placement(depth)
+        for name in self.layer_pools or ():
+            if self.has_pre_values and down(name) in (self.layer_pools or ()):
                 raise ConfigError(
                     "model.memory.layer_pools",
-                    f"{name!r} is an attribute of torch modules; choose another name",
+                    f"{down(name)!r} is the pool of the pre-values of {name!r}; choose another name",
                 )
 
-    def placement(self, depth: int) -> list[int]:
-        """The blocks that hold memory, ascending: as listed, or ``count`` of them centred, ``stride`` apart.
+    @property
+    def placed(self) -> Mode:
+        """How the layers stand in a block."""
+        return self.mode
 
-        Reproduces the paper's placements: 4, 12, 20 of 24 blocks for count 3 and stride 8, the middle
-        block for count 1.
+    def build(self, dim: int, depth: int) -> tuple[dict[str, MemoryPool], dict[int, Placed]]:
+        """The pools by name, and the memory layers by block."""
+        names = self.pool_names(depth)
+        size = partial(
+            build_pools,
+            slots=self.slots,
+            dtype=self.values_dtype,
+            kernels=self.kernels,
+            size_key="model.memory.half_keys",
+        )
+        pools = size(
+            list(names.values()),
+            value_dim=self.resolved_value_dim(dim),
+            start_at_zero=self.start_at_zero and not self.projection,
+        )
+        if self.has_pre_values:
+            for pool in pools.values():
+                pool.std = self.values_std(dim, depth)
+            pools |= size([down(name) for name in names.values()], value_dim=dim)
+        return pools, {
+            block: Placed(MemoryLayer(self, dim), (name, down(name)) if self.has_pre_values else (name,))
+            for block, name in names.items()
+        }
+
+    def values_std(self, dim: int, depth: int) -> float:
+        """Standard deviation of the values before training, where there are pre-values.
+
+        That of the pre-values is ``D^-1/2``: their dot products with a normalised input have one of 1. A
+        head's softmax over scores that are close to each other averages ``R`` independent rows, and heads are
+        summed, so that values of the standard deviation below make an output of ``(2 * depth)^-1/2`` times
+        the root mean square of the activation, as in a feed-forward network whose output matrix is scaled as
+        in this transformer. (UltraMemV2, arXiv 2508.18756, names a derived initialisation; this is ours.)
         """
-        if self.layers is not None:
-            return list(self.layers)
-        first = (depth - (self.count - 1) * self.stride) // 2
-        return [first + i * self.stride for i in range(self.count)]
-
-    def pool_names(self, depth: int) -> dict[int, str]:
-        """Name of the pool for each block that holds memory."""
-        placement = self.placement(depth)
-        return dict(zip(placement, self.layer_pools or ["main"] * len(placement), strict=True))
+        fan_in = self.resolved_value_dim(dim) / dim if self.projection else 1.0
+        return (2 * depth) ** -0.5 * (self.reads / self.heads / fan_in) ** 0.5
 
     def resolved_key_dim(self, dim: int) -> int:
         """Elements of a key, both halves together."""
@@ -133,11 +154,26 @@ class MemoryConfig:
         return dim if self.value_dim is None else self.value_dim
 
     @property
+    def has_pre_values(self) -> bool:
+        """Whether each pool has a second one."""
+        return self.pre_values != "none"
+
+    @property
     def key_grid(self) -> tuple[int, int]:
         """``K0`` and ``K1``, half keys in the two sets."""
         return (self.half_keys, self.half_keys) if isinstance(self.half_keys, int) else self.half_keys
 
     @property
-    def slots(self) -> int:
-        """Rows of each pool."""
+    def virtual_slots(self) -> int:
+        """Slots that the keys address."""
         return self.key_grid[0] * self.key_grid[1]
+
+    @property
+    def slots(self) -> int:
+        """``S``, rows of each pool."""
+        return self.virtual_slots // self.value_expansion
+
+
+def down(pool: str) -> str:
+    """Name of the pool that holds the pre-values of another."""
+    return f"{pool}_down"

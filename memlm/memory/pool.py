@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from memlm.kernels import operators
-from memlm.kernels.checks import check_read
+from memlm.kernels.checks import check_dot, check_read
 from memlm.memory.row_gradient import RowGradient
+
+Operator = Callable[[Tensor, Tensor, Tensor, str, int, bool], Tensor]
+"""``memlm::read`` or ``memlm::dot``."""
 
 
 class MemoryPool(nn.Module):
@@ -23,13 +26,16 @@ class MemoryPool(nn.Module):
         dtype: Of the values: float32, bfloat16 (or float64, by the reference kernels).
         kernels: See :func:`memlm.kernels.backend.select`.
         alone: Whether just one layer reads this pool.
+        start_at_zero: Whether the values are zero at first.
 
     Attributes:
         values: ``[S, V]`` parameter.
         gradient: The compact gradient of the values.
-        observers: Functions called with ``(slots [N, L], weights [N, L])``, without gradient, at every
-            read. They run inside the forward pass, and interrupt a compiled graph: keep them free of host
-            synchronisation.
+        std: Standard deviation of the values before training; None: ``V^-1/2`` (released code of the paper).
+        observers: Functions called with ``(slots [N, L], weights [N, L])``, without gradient, at every read,
+            and at every dot with weights of one. ``N`` is a multiple of the batch's tokens where a token
+            reads in several parts. They run inside the forward pass, and interrupt a compiled graph: keep
+            them free of host synchronisation.
     """
 
     def __init__(
@@ -39,13 +45,23 @@ class MemoryPool(nn.Module):
         dtype: torch.dtype = torch.float32,
         kernels: str = "auto",
         alone: bool = False,
+        start_at_zero: bool = False,
     ) -> None:
         super().__init__()
+        self.start_at_zero = start_at_zero
+        self.std: float | None = None
         self.slots = slots
         self.value_dim = value_dim
         self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype))
         self.gradient = RowGradient(slots, kernels, alone)
         self.observers: list[Callable[[Tensor, Tensor], None]] = []
+
+    def initialise(self, residual_scale: float) -> None:
+        """Values normal with the standard deviation :attr:`std`, or zero."""
+        if self.start_at_zero:
+            nn.init.zeros_(self.values)
+        else:
+            nn.init.normal_(self.values, std=self.value_dim**-0.5 if self.std is None else self.std)
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the rows that each token reads.
@@ -65,26 +81,42 @@ class MemoryPool(nn.Module):
         check_read(self.values, slots, weights)
         if self.observers:
             self._observe(slots.detach(), weights.detach())
-        if torch.compiler.is_compiling() and self.values.requires_grad and not weights.requires_grad:
-            return self._read_outside(slots, weights)
-        return operators.read(
-            self.values,
-            slots,
-            weights,
-            self.gradient.kernels,
-            self.gradient.number,
-            torch.compiler.is_compiling(),
-        )
+        return self._apply_operator(operators.read, slots, weights)
+
+    def dot(self, slots: Tensor, hidden: Tensor) -> Tensor:
+        """Dot product of each token with each of the rows that it reads.
+
+        Args:
+            slots: ``[N, L]`` int32 or int64, each in ``[0, S)``.
+            hidden: ``[N, V]`` floating point.
+
+        Returns:
+            ``[N, L]`` fp32 (fp64 for fp64 values).
+
+        Raises:
+            ValueError: As for :meth:`read`, of hidden states instead of weights.
+        """
+        check_dot(self.values, slots, hidden)
+        if self.observers:
+            self._observe(slots, torch.ones(slots.shape, device=slots.device))
+        return self._apply_operator(operators.dot, slots, hidden)
 
     @torch.compiler.disable
     def _observe(self, slots: Tensor, weights: Tensor) -> None:
         for observe in self.observers:
             observe(slots, weights)
 
+    def _apply_operator(self, operator: Operator, slots: Tensor, factors: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if compiling and self.values.requires_grad and not factors.requires_grad:
+            return self._apply_outside(operator, slots, factors)
+        numbers = (self.gradient.kernels, self.gradient.number)
+        return operator(self.values, slots, factors, *numbers, compiling)
+
     @torch.compiler.disable
-    def _read_outside(self, slots: Tensor, weights: Tensor) -> Tensor:
-        """A compiler would drop the backward pass of a read of which it needs no gradient."""
-        return operators.read(self.values, slots, weights, self.gradient.kernels, self.gradient.number, False)
+    def _apply_outside(self, operator: Operator, slots: Tensor, factors: Tensor) -> Tensor:
+        """A compiler would drop the backward pass of an operator of which it needs no gradient."""
+        return operator(self.values, slots, factors, self.gradient.kernels, self.gradient.number, False)
 
     def extra_repr(self) -> str:
         return f"slots={self.slots}, value_dim={self.value_dim}, dtype={self.values.dtype}"

@@ -2,6 +2,7 @@
 
 from memlm.optim.clipping import clip_gradients
 from memlm.optim.config import OptimizerConfig, ValuesOptimizerConfig
+from memlm.optim.configure import configure
 from memlm.optim.memory_adamw import MemoryAdamW
 from memlm.optim.parameter_groups import assign
 from memlm.optim.schedule import Schedule, ScheduleConfig
@@ -14,4 +15,5 @@ __all__ = [
     "ValuesOptimizerConfig",
     "assign",
     "clip_gradients",
+    "configure",
 ]

@@ -2,5 +2,6 @@
 
 from memlm.transformer.config import TransformerConfig
 from memlm.transformer.model import Block, Transformer
+from memlm.transformer.moe_config import MoEConfig
 
-__all__ = ["Block", "Transformer", "TransformerConfig"]
+__all__ = ["Block", "MoEConfig", "Transformer", "TransformerConfig"]

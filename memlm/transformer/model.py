@@ -1,90 +1,132 @@
 """The decoder: embedding, blocks, output layer."""
 
-from collections import Counter
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from memlm.errors import ConfigError
-from memlm.memory import MemoryConfig, MemoryLayer, MemoryPool
+from memlm.memory import Inputs, MemoryPlan, MemoryPool, Placed
 from memlm.transformer.attention import Attention, document_mask, rotary_table
 from memlm.transformer.config import TransformerConfig
 from memlm.transformer.feed_forward import SwiGLU
 from memlm.transformer.initialization import initialise
+from memlm.transformer.mixture_of_experts import MixtureOfExperts
+from memlm.transformer.moe_config import MoEConfig
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``.
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; memory replaces or joins a part of it.
 
     Args:
         config: Options of the decoder.
-        feed_forward: Any module from ``[B, T, D]`` to ``[B, T, D]``; with ``pool_name`` it is called with
-            that pool as a second argument.
-        pool_name: Name of the pool that the feed-forward reads, None if it reads none.
+        feed_forward: From ``[B, T, D]`` to ``[B, T, D]``: SwiGLU or experts; None where memory replaces it.
+        memory: A layer that reads pools, and their names; None for none.
+        mode: ``replace`` or ``beside``: memory reads the normalised input of the feed-forward, and its output
+            is added too. ``before``: ``x + memory(x)`` comes first of all.
     """
 
-    def __init__(self, config: TransformerConfig, feed_forward: nn.Module, pool_name: str | None) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        feed_forward: nn.Module | None,
+        memory: Placed | None = None,
+        mode: str = "replace",
+    ) -> None:
         super().__init__()
+        self.mode = mode
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.feed_forward = feed_forward
-        self.pool_name = pool_name
+        self.memory = memory.layer if memory is not None else None
+        self.pool_names: Sequence[str] = memory.pools if memory is not None else ()
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, pools: nn.ModuleDict
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        pools: nn.ModuleDict,
+        inputs: Inputs,
     ) -> Tensor:
         """``[B, T, D]`` to ``[B, T, D]``."""
+        own = [pools[name] for name in self.pool_names]
+        if self.memory is not None and self.mode == "before":
+            hidden = hidden + self.memory(hidden, own, inputs)
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask)
         normed = self.feed_forward_norm(hidden)
-        if self.pool_name is None:
-            return hidden + self.feed_forward(normed)
-        return hidden + self.feed_forward(normed, pools[self.pool_name])
+        if self.feed_forward is not None:
+            hidden = hidden + self.feed_forward(normed)
+        if self.memory is not None and self.mode != "before":
+            hidden = hidden + self.memory(normed, own, inputs)
+        return hidden
 
 
 class Transformer(nn.Module):
-    """A decoder whose feed-forward networks may be replaced by memory layers.
+    """A decoder whose feed-forward networks may be mixtures of experts, and with memory in some blocks.
 
     The pools are children of this module and of nothing else: each value table has one owner and one
     state-dict key, ``pools.<name>.values``.
 
     Args:
-        vocab_size: Rows of the embedding.
+        vocab_size: Entries of the tokenizer: rows of the embedding, unless the config has more.
         config: Options of the decoder.
-        memory: Options of the memory layers, None for a dense model.
+        memory: Options of the memory, None for none.
+        moe: Options of the mixtures of experts, None for none.
 
     Raises:
         ConfigError: A value is out of range; names its key.
     """
 
     def __init__(
-        self, vocab_size: int, config: TransformerConfig, memory: MemoryConfig | None = None
+        self,
+        vocab_size: int,
+        config: TransformerConfig,
+        memory: MemoryPlan | None = None,
+        moe: MoEConfig | None = None,
     ) -> None:
         super().__init__()
         config.validate()
         self.config = config
-        pool_names: dict[int, str] = {}
-        self.pools = nn.ModuleDict()
+        rows = vocab_size if config.vocab_size is None else config.vocab_size
+        if rows < vocab_size:
+            raise ConfigError(
+                "model.transformer.vocab_size", f"is {rows}, but the tokenizer has {vocab_size} entries"
+            )
+        inner_dim = config.resolved_feed_forward_dim
+        pools: dict[str, MemoryPool] = {}
+        placed: dict[int, Placed] = {}
         if memory is not None:
             memory.validate(config.dim, config.layers)
-            pool_names = memory.pool_names(config.layers)
-            readers = Counter(pool_names.values())
-            for name, layers in readers.items():
-                self.pools[name] = _pool(memory, config.dim, alone=layers == 1)
-        self.embedding = nn.Embedding(vocab_size, config.dim)
+            pools, placed = memory.build(config.dim, config.layers)
+        if moe is not None:
+            moe.validate(config.dim, config.layers, inner_dim)
+        self.pools = nn.ModuleDict(pools)
+        self.embedding = nn.Embedding(rows, config.dim)
         self.blocks = nn.ModuleList()
         for index in range(config.layers):
-            feed_forward: nn.Module
-            if memory is not None and index in pool_names:
-                feed_forward = MemoryLayer(memory, config.dim)
-            else:
-                feed_forward = SwiGLU(config.dim, config.resolved_feed_forward_dim)
-            self.blocks.append(Block(config, feed_forward, pool_names.get(index)))
+            feed_forward: nn.Module | None = None
+            if memory is None or index not in placed or memory.placed != "replace":
+                if moe is not None and (moe.layers is None or index in moe.layers):
+                    feed_forward = MixtureOfExperts(moe, config.dim, inner_dim)
+                else:
+                    feed_forward = SwiGLU(config.dim, inner_dim)
+            mode = "replace" if memory is None else memory.placed
+            self.blocks.append(Block(config, feed_forward, placed.get(index), mode))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.output = nn.Linear(config.dim, vocab_size, bias=False)
+        self.output = nn.Linear(config.dim, rows, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         initialise(self)
+
+    @property
+    def experts(self) -> dict[int, MixtureOfExperts]:
+        """The mixtures of experts, by block."""
+        return {
+            index: block.feed_forward
+            for index, block in enumerate(self.blocks)
+            if isinstance(block.feed_forward, MixtureOfExperts)
+        }
 
     def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Next-token logits.
@@ -96,24 +138,13 @@ class Transformer(nn.Module):
         Returns:
             ``[B, T, vocab_size]``.
         """
+        config = self.config
         rotary = rotary_table(
-            tokens.shape[1], self.config.head_dim, self.config.rope_theta, device=tokens.device
+            tokens.shape[1], config.resolved_head_dim, config.rope_theta, tokens.device, config.rope_scaling
         )
         mask = None if documents is None else document_mask(documents)
+        inputs = Inputs(tokens, documents)
         hidden = self.embedding(tokens)
         for block in self.blocks:
-            hidden = block(hidden, rotary, mask, self.pools)
+            hidden = block(hidden, rotary, mask, self.pools, inputs)
         return self.output(self.norm(hidden))
-
-
-def _pool(memory: MemoryConfig, dim: int, alone: bool) -> MemoryPool:
-    slots, value_dim = memory.slots, memory.resolved_value_dim(dim)
-    dtype = getattr(torch, memory.values_dtype)
-    try:
-        return MemoryPool(slots, value_dim, dtype, memory.kernels, alone)
-    except RuntimeError as error:
-        size = slots * value_dim * dtype.itemsize / 2**30
-        raise ConfigError(
-            "model.memory.half_keys",
-            f"makes {slots:,} values of {value_dim} elements, {size:,.0f} GiB, which could not be allocated",
-        ) from error

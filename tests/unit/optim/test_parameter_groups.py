@@ -46,15 +46,15 @@ def test_undecayed_parameters_by_name():
         "norm.weight",
         "blocks.1.attention_norm.weight",
         "blocks.1.feed_forward_norm.weight",
-        "blocks.0.feed_forward.query.linear.bias",
-        "blocks.0.feed_forward.query.qk_gain",
-        "blocks.0.feed_forward.product_keys.keys",
-        "blocks.0.feed_forward.gate.bias",
-        "blocks.0.feed_forward.projection.bias",
+        "blocks.0.memory.query.linear.bias",
+        "blocks.0.memory.query.qk_gain",
+        "blocks.0.memory.product_keys.keys",
+        "blocks.0.memory.gate.bias",
+        "blocks.0.memory.projection.bias",
     } <= undecayed
     assert "output.weight" not in undecayed
     batch = names_by_group(build(query_norm="batch"))["no_decay"]
-    assert {f"blocks.0.feed_forward.query.batch_norm.{part}" for part in ("weight", "bias")} <= batch
+    assert {f"blocks.0.memory.query.batch_norm.{part}" for part in ("weight", "bias")} <= batch
 
 
 def test_tied_embeddings_are_assigned_once_and_not_decayed():

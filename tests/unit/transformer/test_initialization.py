@@ -48,10 +48,10 @@ RESIDUAL = (2 * LAYERS) ** -0.5
         ("blocks.0.feed_forward.up.weight", DIM**-0.5),
         ("blocks.0.feed_forward.down.weight", INNER**-0.5 * RESIDUAL),
         ("pools.main.values", VALUE_DIM**-0.5),
-        ("blocks.1.feed_forward.gate.weight", VALUE_DIM**-0.5),
-        ("blocks.1.feed_forward.projection.weight", DIM**-0.5),
-        ("blocks.1.feed_forward.product_keys.keys", KEY_DIM**-0.5 / math.sqrt(3)),
-        ("blocks.1.feed_forward.query.linear.weight", math.sqrt(2 / (DIM + 3 * KEY_DIM))),
+        ("blocks.1.memory.gate.weight", VALUE_DIM**-0.5),
+        ("blocks.1.memory.projection.weight", DIM**-0.5),
+        ("blocks.1.memory.product_keys.keys", KEY_DIM**-0.5 / math.sqrt(3)),
+        ("blocks.1.memory.query.linear.weight", math.sqrt(2 / (DIM + 3 * KEY_DIM))),
     ],
 )
 def test_standard_deviations(model, name, std):
@@ -62,7 +62,7 @@ def test_standard_deviations(model, name, std):
 
 
 def test_bounds_constants_and_norms(model):
-    assert model.blocks[1].feed_forward.product_keys.keys.abs().max() <= KEY_DIM**-0.5
+    assert model.blocks[1].memory.product_keys.keys.abs().max() <= KEY_DIM**-0.5
     for module in (build("qk"), build("batch")):
         for name, parameter in module.named_parameters():
             if name.endswith("bias"):

@@ -1,0 +1,285 @@
+"""The LightningModule that every architecture is: training, evaluation, optimisation, checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from memlm.errors import CheckpointError, ConfigError
+from memlm.flops import Counts, count
+from memlm.huggingface import load_pretrained
+from memlm.kernels.backend import select
+from memlm.memory import MemoryPlan, MemoryPool
+from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
+from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
+from memlm.pretrained import PretrainedConfig, is_memory
+from memlm.transformer import MoEConfig, Transformer, TransformerConfig
+
+Batch = dict[str, Any]
+
+
+class LanguageModel(pl.LightningModule):
+    """Next-token training, evaluation and optimisation, for any transformer.
+
+    Args:
+        vocab_size: Entries of the tokenizer.
+        transformer: The decoder's options.
+        optimizer: The dense parameters' optimiser.
+        compile: Whether to run the transformer under ``torch.compile``.
+        memory: The memory's options, None for none.
+        values_optimizer: The value rows' optimiser; goes with ``memory``.
+        moe: Options of the mixtures of experts, None for none.
+        pretrained: Weights to start from, None for initial ones.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        transformer: TransformerConfig,
+        optimizer: OptimizerConfig,
+        compile: bool,
+        *,
+        memory: MemoryPlan | None = None,
+        values_optimizer: ValuesOptimizerConfig | None = None,
+        moe: MoEConfig | None = None,
+        pretrained: PretrainedConfig | None = None,
+    ) -> None:
+        super().__init__()
+        sections = {"transformer": transformer, "memory": memory, "moe": moe}
+        self._configs: dict[str, Any] = {name: config for name, config in sections.items() if config}
+        self._dense_optimizer, self._values_optimizer = optimizer, values_optimizer
+        optimizer.validate("model.optimizer")
+        if values_optimizer is not None:
+            values_optimizer.validate("model.values_optimizer")
+        if pretrained is not None:
+            pretrained.validate(memory)
+        self._pretrained = pretrained
+        self._compile = compile
+        self.vocab_size = vocab_size
+        self.transformer = Transformer(vocab_size, transformer, memory, moe)
+        if pretrained is not None and pretrained.train == "memory":
+            for name, parameter in self.transformer.named_parameters():
+                parameter.requires_grad_(is_memory(name))
+        self.tokens_seen = 0
+        """Positions trained on so far, over all ranks, padding included."""
+        self.losses: dict[str, TokenLoss] = {}
+        self.recalls: dict[str, FactRecall] = {}
+
+    # -- what it is
+
+    @property
+    def pools(self) -> dict[str, MemoryPool]:
+        """The model's pools by name; empty for a dense model."""
+        return {name: cast(MemoryPool, pool) for name, pool in self.transformer.pools.items()}
+
+    def architecture(self) -> dict[str, Any]:
+        """Everything that decides the parameters' names, shapes and types, as plain values."""
+        sections = {name: asdict(config) for name, config in self._configs.items()}
+        # Not what a checkpoint fixes: other kernels may read it, and training may go on under other losses.
+        for section in sections.values():
+            for name in ("kernels", "start_at_zero", "auxiliary_loss", "z_loss"):
+                section.pop(name, None)
+        return {"class_path": f"memlm.{type(self).__name__}", "vocab_size": self.vocab_size, **sections}
+
+    def counts(self, sequence_length: int) -> Counts:
+        """Parameters, and FLOPs and bytes a token, at ``sequence_length`` tokens."""
+        return count(self.transformer, sequence_length)
+
+    # -- training
+
+    def setup(self, stage: str) -> None:
+        """Check what only the Trainer knows; prepare the metrics."""
+        if stage == "fit":
+            self._check_trainer()
+            if self._pretrained is not None and self.trainer.ckpt_path is None:
+                load_pretrained(self.transformer, self._pretrained.folder, self._pretrained.allow_pickle)
+        data = getattr(self.trainer, "datamodule", None)
+        token_bytes = data.tokenizer.token_bytes if data is not None else None
+        # The module itself is moved to the device only after this hook.
+        device = self.trainer.strategy.root_device
+        for pool in self.pools.values():
+            select(device, pool.gradient.kernels)  # raises now, not in the first step
+        for name in ("val", "test"):
+            self.losses[name] = TokenLoss(token_bytes).to(device)
+            self.recalls[name] = FactRecall().to(device)
+        if self._compile:
+            self.transformer.compile()
+
+    def _check_trainer(self) -> None:
+        if self.trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ConfigError("trainer.gradient_clip_algorithm", "must be norm, the only one there is")
+        if getattr(self._values_optimizer, "clip", None) == "global" and not self.trainer.gradient_clip_val:
+            raise ConfigError(
+                "trainer.gradient_clip_val",
+                f"is {self.trainer.gradient_clip_val}, must be positive: model.values_optimizer.clip "
+                "is global, which clips the values together with the dense gradients",
+            )
+        if not self.pools:
+            return
+        if self.trainer.world_size > 1:
+            raise ConfigError(
+                "trainer.devices",
+                f"gives {self.trainer.world_size} processes; the rows of a memory pool are exchanged between "
+                "processes only by memory parallelism, which does not exist yet. Train on one device",
+            )
+        if str(self.trainer.precision).startswith("16"):
+            raise ConfigError(
+                "trainer.precision",
+                f"is {self.trainer.precision}; fp16 needs a loss scale, which does not reach the row "
+                "gradients. Use 32-true or bf16-mixed",
+            )
+        if self.trainer.precision == "bf16-true":
+            rank_zero_warn(
+                "trainer.precision is bf16-true: updates of a dense parameter below 1/256 of it are rounded "
+                "away (of the values: see model.values_optimizer.rounding); "
+                "bf16-mixed keeps the values in fp32, and all else"
+            )
+
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, vocab]`` of tokens ``[B, T]``."""
+        return self.transformer(tokens, documents)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean next-token loss of the batch's counted targets (nats); 0 if it has none."""
+        logits = self(batch["tokens"], batch.get("documents"))
+        # A mean over no target would be NaN, and one such batch the end of the run.
+        counted = (batch["targets"] != IGNORED).sum().clamp(min=1)
+        loss = summed_loss(logits, batch["targets"]) / counted
+        self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/tokens", float(self.tokens_seen))
+        for name, extra in self._expert_losses().items():
+            self.log(f"train/loss_{name}", extra.detach())
+            loss = loss + extra
+        return loss
+
+    def _expert_losses(self) -> dict[str, Tensor]:
+        """Weighted losses that the mixtures of experts ask for, means over the layers."""
+        layers = self.transformer.experts.values()
+        found = [layer.take_losses() for layer in layers]
+        names = dict.fromkeys(name for losses in found for name in losses)
+        return {name: sum(losses[name] for losses in found) / len(found) for name in names}  # type: ignore[misc]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Even out the load of the experts, where they are balanced without a loss."""
+        for layer in self.transformer.experts.values():
+            layer.balance(partial(self.trainer.strategy.reduce, reduce_op="sum"))
+
+    def configure_optimizers(self) -> Any:
+        """One MemoryAdamW over all groups, its schedule stepped every optimizer step."""
+        # Not trainer.estimated_stepping_batches: it builds the loaders, and stateful ones then miss
+        # their restored state (Lightning #20550).
+        if self.trainer.max_steps < 1:
+            raise ConfigError("trainer.max_steps", "must be given: training streams have no end")
+        optimizer, schedule = configure(
+            self.transformer.named_parameters(),
+            {pool.values: pool.gradient for pool in self.pools.values()},
+            self._dense_optimizer,
+            self._values_optimizer,
+            self.trainer.max_steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip dense gradients and row gradients; log their norms before clipping."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for name, norm in clip_gradients(inner, gradient_clip_val).items():
+            self.log(f"train/gradient_norm_{name}", norm)
+
+    # -- evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the test metrics."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        logits = self(batch["tokens"], batch.get("documents"))
+        self.losses[stage].update(logits, batch["targets"])
+        if "answers" in batch:
+            self.recalls[stage].update(logits, batch["answers"], batch["group"])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for metric in (self.losses[stage], self.recalls[stage]):
+            if not metric.update_called:  # no facts in this data
+                continue
+            for name, value in metric.compute().items():
+                # The metric has reduced over ranks already.
+                self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "recall"))
+            metric.reset()
+        if stage == "val":
+            self.log("train/tokens", float(self.tokens_seen))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """For every question of an evaluation batch: the prompt, the right answer and the greedy one."""
+        if "answers" not in batch:
+            raise ConfigError("data", "has no questions to predict answers for; memlm predict needs facts")
+        best = self(batch["tokens"], batch.get("documents")).argmax(-1)
+        decode = self.trainer.datamodule.tokenizer.decode  # type: ignore[attr-defined]
+        records = []
+        for tokens, answers, predicted, group in zip(
+            batch["tokens"], batch["answers"], best, batch["group"], strict=True
+        ):
+            asked = answers != IGNORED
+            if not asked.any():  # a row that only pads the batch
+                continue
+            first = int(asked.nonzero()[0])
+            records.append(
+                {
+                    "prompt": decode(tokens[: first + 1].tolist()),
+                    "answer": decode(answers[asked].tolist()),
+                    "predicted": decode(predicted[asked].tolist()),
+                    "recalled": bool((predicted == answers)[asked].all()),
+                    "group": RECALL_GROUPS[group],
+                }
+            )
+        return records
+
+    # -- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the architecture and the tokens seen."""
+        checkpoint["architecture"] = self.architecture()
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture or vocabulary; restore the tokens seen."""
+        where = str(getattr(self.trainer, "ckpt_path", None) or "checkpoint")
+        saved = checkpoint.get("architecture")
+        if saved is None:
+            raise CheckpointError(where, "holds no architecture: it was not written by memlm")
+        for key, message in _differences(saved, self.architecture()):
+            raise CheckpointError(where, f"does not fit the model: {key} {message}")
+        self.tokens_seen = checkpoint["tokens_seen"]
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Keys in which two architectures differ, and how."""
+    found = []
+    for key in dict.fromkeys([*saved, *own]):
+        a, b = saved.get(key), own.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", f"is {a} in the checkpoint and {b} in the model"))
+    return found

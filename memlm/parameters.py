@@ -1,0 +1,110 @@
+"""``memlm params``: what models hold, what a token costs, and what a rank must store to train them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from memlm.usage_errors import UsageError
+
+_DESCRIPTION = """\
+Print the parameters of each config's model, the FLOPs and bytes of a token, and what one rank holds in
+training. Nothing is allocated, and no text is read.
+
+Further options are those of memlm fit, and hold for every config: --model.memory.half_keys 2048.
+A config that names no model class lies over the one before it."""
+
+
+def main(arguments: list[str]) -> int:
+    """Runs ``memlm params``."""
+    options, words = _parser().parse_known_args(arguments)
+    # Seconds of imports, which --help need not wait for.
+    from memlm.model_costs import describe
+    from memlm.parameters_table import baseline_text, table
+
+    models = [describe(options, files, words) for files in columns(options.config)]
+    if options.match and not any(model["memory"] for model in models):
+        raise UsageError("--match: none of the models has a memory to match")
+    print(table(models))
+    for model in models:
+        for baseline in model.get("baselines", []):
+            print(f"\n{baseline_text(model['name'], baseline)}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        content = {**models[0], "models": models}
+        options.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"\nValues: {options.json}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "memlm params",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-c", "--config", action="append", default=[], metavar="YAML", help="a config; one column for each")
+    add("--json", type=Path, metavar="PATH", help="also write all values here")
+    add("--sequence_length", type=_positive, metavar="T", help="tokens of a sequence [the data's]")
+    add(
+        "--vocab_size",
+        type=_positive,
+        metavar="N",
+        help="rows of the embedding [the config's, else the data's]",
+    )
+    add("--ranks", type=_positive, default=1, metavar="W", help="processes that train, one a device [1]")
+    add(
+        "--memory_group",
+        type=_positive,
+        metavar="G",
+        help="ranks that share one copy of the values, split along the value dim [all]",
+    )
+    add(
+        "--shard_dense",
+        choices=("true", "false"),
+        default="false",
+        help="whether the other parameters are split over all ranks (FSDP) [false]",
+    )
+    add("--precision", metavar="P", help="32-true, bf16-mixed, bf16-true, ... [trainer.precision]")
+    add(
+        "--tokens_per_rank",
+        type=_positive,
+        metavar="N",
+        help="tokens of a rank in an optimizer step [batch size * T * accumulated batches]",
+    )
+    add("--match", action="store_true", help="also print the baselines matched to each memory model")
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is {text}, must be an integer of at least 1")
+    return int(text)
+
+
+def columns(files: list[str]) -> list[list[str]]:
+    """Which config files make which column: a file that names no model class lies over those before it."""
+    found: list[list[str]] = []
+    for file in files:
+        if found and not _names_a_model(file):
+            found[-1].append(file)
+        else:
+            found.append([file])
+    return found or [[]]
+
+
+def _names_a_model(file: str) -> bool:
+    try:
+        model = yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("model")
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return True  # the parser will say what is wrong with it
+    return isinstance(model, str) or (isinstance(model, dict) and "class_path" in model)
