@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.baselines import DenseGradientMemory, dense_step, public_layers
 from benchmarks.measure import Report, Setting, Timed, parse
-from memlm.flops import memory_layer_flops
+from memlm.flops import read_flops
 from memlm.memory import MemoryConfig, MemoryLayer, MemoryPool
 from memlm.optim import MemoryAdamW, clip_gradients
 from memlm.transformer.feed_forward import SwiGLU
@@ -58,7 +58,7 @@ class Memlm:
         """
         heads, _, half_keys, half_key_dim = dense.keys.shape
         dim = dense.values.shape[1]
-        config = MemoryConfig(half_keys, heads, dense.reads, 2 * half_key_dim)
+        config = MemoryConfig(half_keys=half_keys, heads=heads, reads=dense.reads, key_dim=2 * half_key_dim)
         layer = MemoryLayer(config, dim).to(dense.values)
         assert layer.gate is not None and layer.projection is not None
         with torch.device("meta"):
@@ -86,7 +86,7 @@ class Memlm:
             grad: ``[N, D]`` gradient of the output.
         """
         self.zero_grad(hidden)
-        self.layer(hidden, self.pool).backward(grad)
+        self.layer(hidden, [self.pool]).backward(grad)
         clip_gradients(self.optimizer, 1.0)
         self.optimizer.step()
 
@@ -152,7 +152,7 @@ def _parts(report: Report, ours: Memlm, dim: int, tokens: int) -> None:
 
     def forward() -> None:
         ours.zero_grad(hidden)
-        kept["output"] = ours.layer(hidden, ours.pool)
+        kept["output"] = ours.layer(hidden, [ours.pool])
 
     def backward() -> None:
         forward()
@@ -205,7 +205,7 @@ def _swiglu(report: Report, dim: int, tokens: int) -> None:
     hidden, _ = _data(tokens, dim, ours.pool.values)
     networks = {f"SwiGLU {width}": SwiGLU(dim, width) for width in (4 * dim, 3 * dim)}
     memory = "Memory+ forward"
-    operations: dict[str, Timed] = {memory: lambda: ours.layer(hidden, ours.pool)}
+    operations: dict[str, Timed] = {memory: lambda: ours.layer(hidden, [ours.pool])}
     for name, network in networks.items():
         operations[f"{name} forward"] = partial(network, hidden)
     report.measure(f"{tokens:,} x {dim}, {half_keys} half keys", operations)
@@ -213,7 +213,7 @@ def _swiglu(report: Report, dim: int, tokens: int) -> None:
     report.ratio("memory_vs_swiglu", memory, baseline)
     report.ratio(f"memory / {default}", memory, default)
     report.extra["forward_flops_per_token"] = {
-        "Memory+": memory_layer_flops(ours.layer) + 2 * HEADS * READS * dim,
+        "Memory+": (ours.layer.flops(0) + read_flops(HEADS * READS, dim)).forward,
         **{name: sum(2 * p.numel() for p in network.parameters()) for name, network in networks.items()},
     }
 
@@ -257,7 +257,7 @@ def peak(name: str, half_keys: int, dim: int, tokens: int) -> None:
         dense, hidden, grad = build(count)
         if name == "memlm":
             ours = Memlm.like(dense, dense.values)  # a copy would be the peak
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             ours.step(hidden, grad)
             compact = ours.pool.gradient.compact()
             assert compact is not None
@@ -266,13 +266,14 @@ def peak(name: str, half_keys: int, dim: int, tokens: int) -> None:
             step = dense_step(dense, [dense.values], hidden, grad)
             step()  # makes the moments
             dense.values.grad = None
-            before = _resident("VmRSS")
+            before = resident("VmRSS")
             step()
-    result["peak_bytes"] = _resident("VmHWM") - before
+    result["peak_bytes"] = resident("VmHWM") - before
     print(json.dumps(result))
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Bytes of this process that Linux reports under a name: VmRSS, or VmHWM for the most so far."""
     # Not getrusage, whose peak a process inherits from the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))

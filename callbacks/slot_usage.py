@@ -23,7 +23,9 @@ class SlotUsage(Callback):
 
     As in Large Memory Layers with Product Keys (arXiv 1907.05242, section 4.3), over all evaluation batches:
     ``w`` is the read weight of each slot, summed over tokens, heads and layers that share the pool, and
-    normalised to one. With validation (``test/...`` likewise with a test):
+    normalised to one. Of pre-values (``<pool>_down``) every read weighs one; with them the weight of a value
+    is the size of what it is multiplied by, ``|softmax weight * activation|``. With validation (``test/...``
+    likewise with a test):
 
     - ``memory/<pool>/slots_read``: share of the slots with a weight above zero;
     - ``memory/<pool>/kl_from_uniform``: ``log S + sum w log w``, nats; 0 if all slots weigh the same, log S
@@ -89,13 +91,17 @@ class SlotUsage(Callback):
         self._sums = None
 
     def _observe(self, name: str, size: int, slots: Tensor, weights: Tensor) -> None:
-        """Adds the reads ``[N, L]`` of one layer to a pool of ``size`` slots."""
+        """Adds the reads ``[N, L]`` of one layer to a pool of ``size`` slots.
+
+        ``N`` is the batch's tokens, or a multiple of them where each token reads in several parts.
+        """
         if self._sums is None or self._counted is None:
             return
         sums = self._sums.get(name)
         if sums is None:
             sums = self._sums[name] = torch.zeros(size, dtype=torch.float64, device=slots.device)
-        counted = weights * self._counted.unsqueeze(1)
+        tokens = self._counted.repeat_interleave(len(slots) // len(self._counted))
+        counted = weights.abs() * tokens.unsqueeze(1)
         sums.index_add_(0, slots.flatten(), counted.flatten().double())
 
     def _begin(self, sums: dict[str, Tensor], batch: dict[str, Any]) -> None:

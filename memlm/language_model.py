@@ -58,6 +58,7 @@ class LanguageModel(pl.LightningModule):
         if pretrained is not None:
             pretrained.validate(memory)
         self._pretrained = pretrained
+        self._restored = False
         self._compile = compile
         self.vocab_size = vocab_size
         self.transformer = Transformer(vocab_size, transformer, memory, moe)
@@ -95,8 +96,6 @@ class LanguageModel(pl.LightningModule):
         """Check what only the Trainer knows; prepare the metrics."""
         if stage == "fit":
             self._check_trainer()
-            if self._pretrained is not None and self.trainer.ckpt_path is None:
-                load_pretrained(self.transformer, self._pretrained.folder, self._pretrained.allow_pickle)
         data = getattr(self.trainer, "datamodule", None)
         token_bytes = data.tokenizer.token_bytes if data is not None else None
         # The module itself is moved to the device only after this hook.
@@ -108,6 +107,11 @@ class LanguageModel(pl.LightningModule):
             self.recalls[name] = FactRecall().to(device)
         if self._compile:
             self.transformer.compile()
+
+    def on_fit_start(self) -> None:
+        """Load the pretrained weights, unless a checkpoint has been loaded: only now is that known."""
+        if self._pretrained is not None and not self._restored:
+            load_pretrained(self.transformer, self._pretrained.folder, self._pretrained.allow_pickle)
 
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
@@ -271,6 +275,7 @@ class LanguageModel(pl.LightningModule):
         for key, message in _differences(saved, self.architecture()):
             raise CheckpointError(where, f"does not fit the model: {key} {message}")
         self.tokens_seen = checkpoint["tokens_seen"]
+        self._restored = True
 
 
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -105,8 +105,9 @@ def baselines(
 def _set(config: Any) -> dict[str, Any]:
     """Fields of an options dataclass that say its size, or are not defaults."""
     default, values = type(config)(), asdict(config)
+    named = [name for name in _SIZES if values.get(name) is not None]
     return {
         field.name: values[field.name]
         for field in fields(config)
-        if field.name in _SIZES or getattr(config, field.name) != getattr(default, field.name)
+        if field.name in named or getattr(config, field.name) != getattr(default, field.name)
     }

@@ -109,5 +109,6 @@ class MetaModel(CommandLine):
 
 def _instantiate(base: type, section: dict[str, Any]) -> Any:
     parser = Parser()
-    parser.add_subclass_arguments(base, "it")
+    # Not add_subclass_arguments: there null is a value too, and errors of constructors become ones of types.
+    parser.add_argument("--it", type=base, required=True)
     return parser.instantiate(parser.parse_object({"it": section})).it

@@ -193,8 +193,10 @@ def _check_config(model: "Transformer", config: TransformerConfig, where: Path) 
 
 
 def _plain_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None or scaling.kind == "linear":
-        return scaling and {"kind": "linear", "factor": scaling.factor}
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"kind": "linear", "factor": scaling.factor}
     slow, fast = scaling.resolved_turns
     return asdict(scaling) | {"slow_turns": slow, "fast_turns": fast}
 

@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+_CACHED_BYTES = 2**19
+"""Of each temporary on a CPU; a core's own cache holds one or two MB."""
+
 
 class Groups(NamedTuple):
     """Which token each row is a copy of, and where the rows of an expert and of a token lie."""
@@ -102,7 +105,10 @@ class _AddRows(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """Keeps its inputs alone, and makes few temporaries: large ones cost a CPU as much as the arithmetic."""
+    """Keeps its inputs alone, and on a CPU works on few rows at a time.
+
+    There a temporary too large for a cache, or for memory that is kept, costs more than the arithmetic.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, weights: Tensor) -> Tensor:
@@ -113,18 +119,20 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate_up, weights = ctx.saved_tensors
-        weight = weights.to(gate_up.dtype).unsqueeze(1)
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        space = F.silu(gate)
-        torch.mul(grad, space, out=grad_up)
-        torch.mul(grad_up, up, out=grad_gate)  # for the sum of it
-        grad_weights = grad_gate.sum(-1, dtype=weights.dtype)
-        grad_up.mul_(weight)
-        torch.mul(grad, up, out=space).mul_(weight)
-        torch.ops.aten.silu_backward.grad_input(space, gate, grad_input=grad_gate)
-        return grad_gate_up, grad_weights
+        inputs = (gate_up, weights.to(gate_up.dtype).unsqueeze(1), grad)
+        results = (torch.empty_like(gate_up), torch.empty_like(weights))
+        rows = max(len(grad), 1)
+        if grad.device.type == "cpu":
+            rows = max(_CACHED_BYTES // (grad.shape[1] * grad.itemsize), 1)
+        for part in zip(*(tensor.split(rows) for tensor in (*inputs, *results)), strict=True):
+            gate_up, weight, grad, grad_gate_up, grad_weights = part
+            gate, up = gate_up.chunk(2, dim=-1)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+            silu = F.silu(gate)
+            grad_weights.copy_((grad * silu).mul_(up).sum(-1))
+            torch.mul(silu.mul_(weight), grad, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input((grad * up).mul_(weight), gate, grad_input=grad_gate)
+        return results
 
 
 def _grouped_mm_flops(a: torch.Size, b: torch.Size, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:

@@ -11,10 +11,12 @@ memory                               see the layers in memlm/memory
 ===================================  ==================================================================
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
+
+from memlm.cost import Layer
 
 if TYPE_CHECKING:
     from memlm.transformer.model import Transformer
@@ -31,4 +33,4 @@ def initialise(model: "Transformer") -> None:
         if isinstance(module, nn.RMSNorm | nn.BatchNorm1d):
             module.reset_parameters()
         elif hasattr(module, "initialise"):
-            module.initialise(residual_scale)
+            cast(Layer, module).initialise(residual_scale)

@@ -39,7 +39,9 @@ MODELS = {
     "one key head, tied": lambda: model_of({"kv_heads": 1, "tie_embeddings": True, "layers": 1}),
     "expert choice": lambda: model_of(moe=MoEConfig(**FOUR)),
     "expert choice of two": lambda: model_of(moe=MoEConfig(**FOUR, top_k=2, expert_dim=24, layers=[1])),
-    "token choice": lambda: model_of(moe=MoEConfig(**FOUR, routing="token_choice", top_k=3, shared_experts=2)),
+    "token choice": lambda: model_of(
+        moe=MoEConfig(**FOUR, routing="token_choice", top_k=3, shared_experts=2)
+    ),
     "Memory": lambda: model_of(memory=MemoryConfig(**MEMORY, **PLAIN)),
     "Memory, batch norm": lambda: model_of(memory=MemoryConfig(**MEMORY, **PLAIN, query_norm="batch")),
     "Memory+": lambda: model_of(memory=MemoryConfig(**MEMORY)),

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from data_modules.synthetic_facts import SyntheticFacts
-from memlm import DenseLM, MemoryLM
+from memlm import PEERLM, DenseLM, EngramLM, MemoryLM, MoELM
 from memlm.errors import CheckpointError, ConfigError
 from memlm.memory import MemoryConfig
+from memlm.memory.engram import EngramConfig
+from memlm.memory.peer import PEERConfig
 from memlm.optim import OptimizerConfig, ScheduleConfig, ValuesOptimizerConfig
-from memlm.transformer import TransformerConfig
+from memlm.transformer import MoEConfig, TransformerConfig
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec.*"),
@@ -36,8 +38,13 @@ def memory_config(**options) -> MemoryConfig:
 def build(kind, data, **options):
     torch.manual_seed(0)
     options = {"transformer": TINY, "optimizer": FAST, **options}
-    if kind is MemoryLM:
-        options = {"memory": memory_config(), **options}
+    chosen = {
+        MemoryLM: {"memory": memory_config()},
+        MoELM: {"moe": MoEConfig(experts=4, routing="token_choice", auxiliary_loss=0.01, balance_rate=1e-3)},
+        PEERLM: {"memory": PEERConfig(half_keys=8, heads=2, reads=4, key_dim=8)},
+        EngramLM: {"memory": EngramConfig(slots=200, heads=2, layers=[1])},
+    }
+    options = {**chosen.get(kind, {}), **options}
     return kind(data.vocab_size, **options)
 
 
@@ -69,7 +76,10 @@ class Losses(pl.Callback):
         }
 
 
-@pytest.mark.parametrize("kind", [DenseLM, MemoryLM])
+KINDS = [DenseLM, MoELM, MemoryLM, PEERLM, EngramLM]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_thirty_steps_lower_the_loss_and_move_every_parameter(kind):
     data, losses = facts(), Losses()
     model = build(kind, data)
@@ -77,9 +87,10 @@ def test_thirty_steps_lower_the_loss_and_move_every_parameter(kind):
     trainer(max_steps=30, callbacks=[losses], gradient_clip_val=1.0).fit(model, datamodule=data)
     assert sum(losses.seen[-5:]) < 0.8 * sum(losses.seen[:5])
     assert all((parameter != before[name]).any() for name, parameter in model.named_parameters())
-    names = {"decay", "no_decay", "values"} if kind is MemoryLM else {"decay", "no_decay"}
+    has_memory = kind in (MemoryLM, PEERLM, EngramLM)
+    names = {"decay", "no_decay", "values"} if has_memory else {"decay", "no_decay"}
     assert {group["name"] for group in model.trainer.optimizers[0].param_groups} == names
-    norms = {"dense", "values"} if kind is MemoryLM else {"dense"}
+    norms = {"dense", "values"} if has_memory else {"dense"}
     assert losses.norms.keys() == {f"train/gradient_norm_{name}" for name in norms}
     assert all(norm > 0 for norm in losses.norms.values())
     assert model.tokens_seen == 30 * 8 * data.sequence_length
@@ -286,7 +297,7 @@ def test_a_checkpoint_of_another_class_or_vocabulary_or_program_is_refused():
         model.on_load_checkpoint({"state_dict": {}})
 
 
-@pytest.mark.parametrize("kind", [DenseLM, MemoryLM])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(kind, tmp_path):
     whole, data = build(kind, facts()), facts()
     trainer(max_steps=6).fit(whole, datamodule=data)
@@ -326,3 +337,43 @@ def test_architecture_and_counts_are_plain_values():
     assert all(type(value) is int for value in counts.values())
     assert counts["memory"] == 64 * 16 == model.pools["main"].values.numel()
     assert build(DenseLM, data).pools == {}
+
+
+def test_experts_in_the_feed_forward_networks_that_memory_leaves():
+    data = facts()
+    model = build(MemoryLM, data, moe=MoEConfig(experts=3))
+    trainer(max_steps=3).fit(model, datamodule=data)
+    assert list(model.transformer.experts) == [0]
+    assert model.transformer.blocks[1].feed_forward is None
+    assert {"memory", "moe"} <= model.architecture().keys()
+
+
+class Logged(pl.Callback):
+    def on_train_batch_end(self, trainer, *_) -> None:
+        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_the_experts_losses_are_logged_and_added_and_their_bias_moves_once_a_step():
+    data, logged, losses = facts(), Logged(), Losses()
+    moe = MoEConfig(experts=4, routing="token_choice", auxiliary_loss=0.5, z_loss=0.1, balance_rate=0.125)
+    model = build(MoELM, data, moe=moe)
+    trainer(max_steps=3, accumulate_grad_batches=2, callbacks=[logged, losses]).fit(model, datamodule=data)
+    extra = logged.metrics["train/loss_auxiliary"] + logged.metrics["train/loss_z"]
+    # The coefficient times a loss that is 1 when even. Outputs of the loop are divided by the micro-batches.
+    assert 0.4 < logged.metrics["train/loss_auxiliary"] < 2
+    assert losses.seen[-1] == pytest.approx((logged.metrics["train/loss"] + extra) / 2, rel=1e-4)
+    for layer in model.transformer.experts.values():
+        steps = layer.balance_bias / 0.125
+        assert steps.abs().max() <= 3 and steps.abs().max() > 0
+        torch.testing.assert_close(steps, steps.round())
+        assert layer.counts.sum() == 0
+    # The losses' coefficients may change when training goes on, what the model computes may not.
+    architecture = model.architecture()["moe"]
+    assert "auxiliary_loss" not in architecture and architecture["experts"] == 4
+
+
+def test_evaluation_asks_for_no_expert_losses():
+    data = facts()
+    model = build(MoELM, data)
+    trainer(limit_val_batches=1.0).validate(model, datamodule=data, verbose=False)
+    assert all(layer.take_losses() == {} for layer in model.transformer.experts.values())

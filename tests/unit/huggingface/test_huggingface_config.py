@@ -110,6 +110,13 @@ def test_rope_scaling_as_transformers_4_and_5_write_it(scaling, expected):
     assert (new.rope_scaling, new.rope_theta) == (expected, 50.0)
 
 
+def test_the_original_length_may_stand_outside_of_the_scaling():
+    scaling = {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 512}
+    assert read(rope_scaling=scaling, original_max_position_embeddings=256).rope_scaling == RopeScaling(
+        "llama3", 8.0, 256, 1.0, 4.0
+    )
+
+
 @pytest.mark.parametrize(
     "changes",
     [

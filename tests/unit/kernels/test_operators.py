@@ -87,13 +87,16 @@ def test_a_compiled_layer_is_one_graph_with_the_same_gradients(kernels, alone, o
     twin, twin_pools = copy.deepcopy((layer, pools))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     for batch in (3, 5):
-        hidden = torch.randn(batch, 4, 16)
-        outputs = []
+        hidden = torch.randn(batch, 4, 16, requires_grad=True)
+        outputs, grads = [], []
         for module, tables in ((compiled, pools), (twin, twin_pools)):
             output = module(hidden, list(tables))
+            hidden.grad = None
             output.square().sum().backward()
             outputs.append(output.detach())
+            grads.append(hidden.grad)
         torch.testing.assert_close(*outputs)
+        torch.testing.assert_close(*grads)
     for parameter, expected in zip(layer.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad)
     for pool, twin_pool in zip(pools, twin_pools, strict=True):
@@ -106,6 +109,7 @@ def test_a_compiled_layer_is_one_graph_with_the_same_gradients(kernels, alone, o
 @pytest.mark.slow
 @pytest.mark.parametrize("pre_values", ["none", "gelu"])
 def test_inductor_does_not_overwrite_what_the_pools_keep(pre_values):
+    torch._dynamo.reset()
     torch.manual_seed(0)
     config = MemoryConfig(half_keys=8, heads=2, reads=4, pre_values=pre_values, layers=[0, 1, 2])
     pools, placed = config.build(16, 3)
@@ -120,7 +124,7 @@ def test_inductor_does_not_overwrite_what_the_pools_keep(pre_values):
             hidden = hidden + layer(hidden, list(pools.values())).relu()
         return hidden.square().sum()
 
-    hidden = torch.randn(3, 4, 16)
+    hidden = torch.randn(3, 4, 16, requires_grad=True)
     run(hidden).backward()
     expected = []
     for pool in pools.values():

@@ -73,6 +73,8 @@ def test_llama3_scaling(head_dim, theta, length, turns):
         (64, 500_000.0, 4096, (None, None)),
         (16, 100.0, 64, (0.5, 3.0)),
         (16, 100.0, 3, (None, None)),  # no pair turns even once: all are slowed
+        (16, 100.0, 4096, (None, None)),  # the ramp ends beyond the last pair
+        (16, 100.0, 1_000_000, (None, 1e5)),  # and beyond the last element
     ],
 )
 def test_yarn_scaling(head_dim, theta, length, turns):
