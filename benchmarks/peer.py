@@ -2,14 +2,16 @@
 
     python benchmarks/peer.py --json benchmarks/results/peer.json
 
-65,536 experts of one neuron, 8 heads of 16 reads, fp32. Both layers have the same parameters and the same output;
-the package gathers the rows of every read, has a gradient as large as its tables, and torch's fused AdamW.
+65,536 experts of one neuron, 8 heads of 16 reads, fp32. Both layers have the same parameters and the same
+output; the package gathers the rows of every read, has a gradient as large as its tables, and torch's fused
+AdamW.
 """
 
 import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,9 @@ class Ours:
         layer, pools = placed[0].layer, list(tables.values())
         assert isinstance(layer, MemoryLayer)
         with torch.no_grad():
-            for module in (layer, *pools):
-                module.initialise(1.0)
+            layer.initialise(1.0)
+            for pool in pools:
+                pool.initialise(1.0)
         values = [pool.values for pool in pools]
         rows = {"params": values, "kind": "memory", "name": "values", "clip": 1.0}
         groups: list[dict[str, Any]] = [{"params": list(layer.parameters())}, rows]
@@ -137,10 +140,10 @@ def _step(report: Report, half_keys: int, dim: int, tokens: int) -> None:
 
 def _peaks(report: Report, half_keys: int, dim: int, tokens: int) -> None:
     """Peak memory of two steps, in processes of their own."""
+    if PACKAGE in report.extra.get("skipped_packages", ()):
+        return
     peaks = {}
     for name in ("memlm", PACKAGE):
-        if name in report.extra.get("skipped_packages", ()):
-            return
         code = f"from benchmarks.peer import peak; peak({name!r}, {half_keys}, {dim}, {tokens})"
         command = [sys.executable, "-c", code]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -171,26 +174,26 @@ def peak(name: str, half_keys: int, dim: int, tokens: int) -> None:
         start = resident("VmRSS")
         hidden, grad = torch.randn(2, 1, size, width).unbind()
         hidden.requires_grad_()
+        parameters: list[nn.Parameter]
         if name == "memlm":
             ours = Ours.build(count, width)
-            optimizer: torch.optim.Optimizer = ours.optimizer
-            kept = sum(pool.values.nbytes for pool in ours.pools)
-            kept += sum(parameter.nbytes for parameter in ours.layer.parameters())
+            parameters = [*ours.layer.parameters(), *(pool.values for pool in ours.pools)]
             for state in ours.optimizer.state.values():
-                for tensor in state.values():
-                    if isinstance(tensor, Tensor):
-                        tensor.add_(1e-12)  # zeros are not in memory before they are written
-            steps = [lambda ours=ours, h=hidden, g=grad: ours.step(h, g)] * 2
+                for moments in state.values():
+                    if isinstance(moments, Tensor):
+                        moments.add_(1e-12)  # zeros are not in memory before they are written
+            step = partial(ours.step, hidden, grad)
         else:
             found = package_layer(count, width)
             assert not isinstance(found, str)
             module, tables = found
-            kept = sum(parameter.nbytes for parameter in module.parameters())
-            steps = [dense_step(module, tables, hidden, grad)] * 2
-        for step in steps:
-            step()
+            parameters = list(module.parameters())
+            step = partial(dense_step(module, tables, hidden, grad))
+        step()  # makes the moments of the package
+        step()
         result["all"] = resident("VmHWM") - start
-        result["step"] = result["all"] - 3 * kept  # the parameters and two moments of each
+        kept = 3 * sum(parameter.nbytes for parameter in parameters)  # each with two moments
+        result["step"] = result["all"] - kept
     print(json.dumps(result))
 
 

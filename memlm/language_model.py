@@ -50,8 +50,8 @@ class LanguageModel(pl.LightningModule):
     ) -> None:
         super().__init__()
         sections = {"transformer": transformer, "memory": memory, "moe": moe}
-        self._configs: dict[str, Any] = {name: config for name, config in sections.items() if config}
-        self._dense_optimizer, self._values_optimizer = optimizer, values_optimizer
+        self.sections: dict[str, Any] = {name: config for name, config in sections.items() if config}
+        self.dense_options, self.values_options = optimizer, values_optimizer
         optimizer.validate("model.optimizer")
         if values_optimizer is not None:
             values_optimizer.validate("model.values_optimizer")
@@ -79,7 +79,7 @@ class LanguageModel(pl.LightningModule):
 
     def architecture(self) -> dict[str, Any]:
         """Everything that decides the parameters' names, shapes and types, as plain values."""
-        sections = {name: asdict(config) for name, config in self._configs.items()}
+        sections = {name: asdict(config) for name, config in self.sections.items()}
         # Not what a checkpoint fixes: other kernels may read it, and training may go on under other losses.
         for section in sections.values():
             for name in ("kernels", "start_at_zero", "auxiliary_loss", "z_loss"):
@@ -116,7 +116,7 @@ class LanguageModel(pl.LightningModule):
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError("trainer.gradient_clip_algorithm", "must be norm, the only one there is")
-        if getattr(self._values_optimizer, "clip", None) == "global" and not self.trainer.gradient_clip_val:
+        if getattr(self.values_options, "clip", None) == "global" and not self.trainer.gradient_clip_val:
             raise ConfigError(
                 "trainer.gradient_clip_val",
                 f"is {self.trainer.gradient_clip_val}, must be positive: model.values_optimizer.clip "
@@ -182,8 +182,8 @@ class LanguageModel(pl.LightningModule):
         optimizer, schedule = configure(
             self.transformer.named_parameters(),
             {pool.values: pool.gradient for pool in self.pools.values()},
-            self._dense_optimizer,
-            self._values_optimizer,
+            self.dense_options,
+            self.values_options,
             self.trainer.max_steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,9 +1,7 @@
 """The architectures: a thin LightningModule for each, with the options that it has."""
 
 from memlm.language_model import LanguageModel
-from memlm.memory import MemoryConfig
-from memlm.memory.engram import EngramConfig
-from memlm.memory.peer import PEERConfig
+from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
 from memlm.optim import OptimizerConfig, ValuesOptimizerConfig
 from memlm.pretrained import PretrainedConfig
 from memlm.transformer import MoEConfig, TransformerConfig

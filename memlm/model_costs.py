@@ -39,8 +39,8 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
     optimizer, _ = configure(
         transformer.named_parameters(),
         {pool.values: pool.gradient for pool in model.pools.values()},
-        model._dense_optimizer,
-        model._values_optimizer,
+        model.dense_options,
+        model.values_options,
         max_steps=sys.maxsize,
     )
     held = rank_memory(transformer, optimizer, mesh, tokens)
@@ -54,7 +54,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         "parts": parts(transformer),
         "rank": {**asdict(mesh), "precision": str(precision), "tokens": tokens, "bytes": held.as_dict()},
     }
-    memory = model._configs.get("memory")
+    memory = model.sections.get("memory")
     if options.match and memory is not None:
         found["baselines"] = [
             {"class_path": baseline.class_path, "missing": baseline.missing}

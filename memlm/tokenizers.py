@@ -145,7 +145,9 @@ class FileTokenizer(JsonTokenizer):
         except IsADirectoryError:
             raise DataError(path, "is a directory; give the path of its tokenizer.json") from None
         except FileNotFoundError:
-            raise DataError(path, "no such file; a tokenizer is 'bytes' or a tokenizer.json") from None
+            raise DataError(
+                path, "no such file; a tokenizer is 'bytes' or a tokenizer.json (data.tokenizer)"
+            ) from None
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(path, f"cannot be read ({error})") from None
         super().__init__(content, path)

@@ -10,6 +10,7 @@ from memlm.memory.layer import MemoryLayer, PreValues
 from memlm.memory.placement import Mode, Placed, PlacementConfig, build_pools
 from memlm.memory.pool import MemoryPool
 from memlm.memory.query import QueryNorm
+from memlm.memory.tucker import TuckerConfig
 
 
 @dataclass
@@ -45,6 +46,8 @@ class MemoryConfig(PlacementConfig):
     projection: true."""
     query_norm: QueryNorm = "none"
     """none, batch (BatchNorm of the query) or qk (queries and half keys normalised, with a learned gain)."""
+    tucker: TuckerConfig | None = None
+    """Tucker-decomposed retrieval (UltraMem) in the place of product keys. Default: product keys."""
     values_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the value table. bfloat16 halves it; for small updates see model.values_optimizer.rounding."""
     kernels: Kernels = "auto"
@@ -76,6 +79,8 @@ class MemoryConfig(PlacementConfig):
         key_dim = self.resolved_key_dim(dim)
         if key_dim < 2 or key_dim % 2:
             raise ConfigError("model.memory.key_dim", f"is {key_dim}, must be even: two half keys share it")
+        if self.tucker is not None:
+            self.tucker.validate(key_dim // 2)
         value_dim = self.resolved_value_dim(dim)
         if value_dim < 1:
             raise ConfigError("model.memory.value_dim", f"is {value_dim}, must be at least 1")

@@ -12,6 +12,7 @@ from memlm.memory.inputs import Inputs
 from memlm.memory.pool import MemoryPool
 from memlm.memory.product_keys import ProductKeys
 from memlm.memory.query import QueryNetwork
+from memlm.memory.tucker import TuckerKeys
 from memlm.memory.value_expansion import expanded_read
 
 if TYPE_CHECKING:
@@ -45,9 +46,12 @@ class MemoryLayer(nn.Module):
         half_key_dim = config.resolved_key_dim(dim) // 2
         value_dim = config.resolved_value_dim(dim)
         self.query = QueryNetwork(dim, config.heads, half_key_dim, config.query_norm)
-        self.product_keys = ProductKeys(
-            config.heads, config.key_grid, half_key_dim, config.reads, config.kernels
-        )
+        sizes = (config.heads, config.key_grid, half_key_dim, config.reads)
+        self.product_keys: ProductKeys | TuckerKeys
+        if config.tucker is None:
+            self.product_keys = ProductKeys(*sizes, config.kernels)
+        else:
+            self.product_keys = TuckerKeys(*sizes, config.tucker)
         self.rows_read = config.heads * config.reads
         self.start_at_zero = config.start_at_zero
         self.value_expansion = config.value_expansion
@@ -101,15 +105,13 @@ class MemoryLayer(nn.Module):
         return output.view_as(hidden)
 
     def flops(self, sequence_length: int) -> Flops:
-        """See :class:`memlm.cost.Layer`. The search's backward pass touches the selected half keys alone.
+        """See :class:`memlm.cost.Layer`.
 
         Of an expanded read the products with zero are counted here: they are calculated.
         """
         linears = (self.query.linear, self.gate, self.projection)
-        keys = self.product_keys.keys
-        selected = 2 * self.rows_read * self.product_keys.half_key_dim
-        search = Flops(2 * keys.numel(), 4 * selected)
-        flops = products(*(linear.weight for linear in linears if linear is not None)) + search
+        flops = products(*(linear.weight for linear in linears if linear is not None))
+        flops += self.product_keys.flops()
         if self.projection is not None:
             zeros = self.rows_read * self.projection.in_features * (1 - 1 / self.value_expansion)
             flops += Flops(2, 4) * round(zeros)
@@ -125,7 +127,8 @@ class MemoryLayer(nn.Module):
         Half keys are uniform in ``+-1/sqrt(key dim)``, the query network Xavier uniform, gate and projection
         normal with std ``out_dim^-1/2`` (released code of the paper). With the learned gain of ``qk`` at 1
         the scores' std would be ``sqrt(2 C)``, and the softmax of a wide model one-hot: it starts at
-        ``sqrt(8/C)``, which gives scores of std 4 whatever ``C``.
+        ``sqrt(8/C)``, which gives scores of std 4 whatever ``C``; at ``sqrt(4/C)`` where they are products of
+        two half scores (Tucker), and not sums.
         """
         half_key_dim = self.product_keys.half_key_dim
         bound = (2 * half_key_dim) ** -0.5
@@ -133,7 +136,8 @@ class MemoryLayer(nn.Module):
         nn.init.xavier_uniform_(self.query.linear.weight)
         nn.init.zeros_(self.query.linear.bias)
         if self.query.qk_gain is not None:
-            nn.init.constant_(self.query.qk_gain, (8 / half_key_dim) ** 0.5)
+            square = 4 if isinstance(self.product_keys, TuckerKeys) else 8
+            nn.init.constant_(self.query.qk_gain, (square / half_key_dim) ** 0.5)
         for linear in (self.gate, self.projection):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=linear.out_features**-0.5)

@@ -7,6 +7,7 @@ Large Memory Layers with Product Keys (arXiv 1907.05242), section 3.1; Memory La
 import torch
 from torch import Tensor, nn
 
+from memlm.cost import Flops
 from memlm.kernels import operators
 
 
@@ -57,6 +58,10 @@ class ProductKeys(nn.Module):
         keys = self.keys if keys is None else keys
         scores, slots = operators.search(query, keys, self.half_keys[0], self.reads, self.kernels)
         return slots, scores
+
+    def flops(self) -> Flops:
+        """Of one token. The backward pass touches the selected half keys alone."""
+        return Flops(2 * self.keys.numel(), 4 * 2 * self.heads * self.reads * self.half_key_dim)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, half_keys={self.half_keys}, reads={self.reads}"

@@ -31,6 +31,10 @@ class Groups(NamedTuple):
         """Rows of each expert, ``[E]`` int64."""
         return self.ends.long().diff(prepend=self.ends.new_zeros(1, dtype=torch.int64))
 
+    def unchosen(self) -> Tensor:
+        """Tokens without rows, a scalar."""
+        return (self.starts.diff(append=self.starts.new_full((1,), len(self.rows))) == 0).sum()
+
 
 def copy_tokens(tokens: Tensor, groups: Groups) -> Tensor:
     """Rows ``[M, D]`` of tokens ``[N, D]``; its gradient is :func:`add_rows`."""
@@ -53,11 +57,19 @@ def product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     Returns:
         ``[M, O]``.
     """
+    if torch.compiler.is_compiling() and rows.dtype != torch.bfloat16:
+        return _product_outside(rows, matrices, ends)
     if rows.dtype == torch.float64 or not rows.shape[0]:
         # torch's grouped product has no float64, and no gradient for zero rows.
-        parts = rows.tensor_split(ends[:-1].cpu())
+        parts = rows.tensor_split(ends[:-1].tolist())
         return torch.cat([part @ matrix.T for part, matrix in zip(parts, matrices, strict=True)])
     return F.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+
+
+@torch.compiler.disable
+def _product_outside(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """torch (2.13) can run grouped products of fp32 and not compile them."""
+    return product(rows, matrices, ends)
 
 
 def gated(gate_up: Tensor, weights: Tensor) -> Tensor:

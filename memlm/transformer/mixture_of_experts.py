@@ -92,10 +92,8 @@ class MixtureOfExperts(nn.Module):
         counts = groups.counts()
         self.counts += counts
         if self.config.routing == "expert_choice":
-            number = groups.starts.shape[0]
-            ends = torch.cat((groups.starts[1:], groups.starts.new_full((min(number, 1),), len(groups.rows))))
-            self.seen[0] += number
-            self.seen[1] += (ends == groups.starts).sum()
+            self.seen[0] += len(scores)
+            self.seen[1] += groups.unchosen()
         self._losses = {}
         if self.config.auxiliary_loss:
             self._losses["auxiliary"] = self.config.auxiliary_loss * routing.balance_loss(scores, counts)

@@ -46,13 +46,14 @@ def token_choice(
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     experts_sorted, order = chosen.flatten().sort(stable=True)
     every = torch.arange(number * top_k, device=scores.device)
+    every_expert = torch.arange(experts, device=scores.device)
     groups = Groups(
         tokens=order // top_k,
-        ends=torch.searchsorted(experts_sorted, every_expert(experts, scores), right=True, out_int32=True),
+        ends=torch.searchsorted(experts_sorted, every_expert, right=True, out_int32=True),
         rows=torch.empty_like(order).scatter_(0, order, every),
         starts=every[::top_k].contiguous(),
     )
-    return groups, weights.flatten()[order]
+    return groups, weights.flatten().index_select(0, order)
 
 
 def expert_choice(scores: Tensor, top_k: int) -> tuple[Groups, Tensor]:
@@ -74,16 +75,11 @@ def expert_choice(scores: Tensor, top_k: int) -> tuple[Groups, Tensor]:
     tokens_sorted, rows = tokens.sort(stable=True)
     groups = Groups(
         tokens=tokens,
-        ends=(every_expert(experts, scores) + 1).mul(capacity).int(),
+        ends=torch.arange(1, experts + 1, dtype=torch.int32, device=scores.device) * capacity,
         rows=rows,
         starts=torch.searchsorted(tokens_sorted, torch.arange(number, device=scores.device)),
     )
     return groups, weights.flatten()
-
-
-def every_expert(experts: int, like: Tensor) -> Tensor:
-    """``0 .. E-1`` on the device of ``like``."""
-    return torch.arange(experts, device=like.device)
 
 
 def balance_loss(scores: Tensor, counts: Tensor) -> Tensor:

@@ -10,9 +10,7 @@ import torch
 from data_modules.synthetic_facts import SyntheticFacts
 from memlm import PEERLM, DenseLM, EngramLM, MemoryLM, MoELM
 from memlm.errors import CheckpointError, ConfigError
-from memlm.memory import MemoryConfig
-from memlm.memory.engram import EngramConfig
-from memlm.memory.peer import PEERConfig
+from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
 from memlm.optim import OptimizerConfig, ScheduleConfig, ValuesOptimizerConfig
 from memlm.transformer import MoEConfig, TransformerConfig
 

@@ -46,7 +46,7 @@ def test_unknown_verb():
     assert (code, out) == (2, "")
     assert err == (
         "memlm: error: unknown verb 'fti'; "
-        "the verbs are fit, validate, test, predict, compare, tokenizer, completion\n"
+        "the verbs are fit, validate, test, predict, compare, params, tokenizer, completion\n"
     )
 
 

@@ -295,6 +295,15 @@ def test_a_table_of_2_to_the_36_elements_can_be_described():
     assert values.shape[0] - 2**30 < 16 * 1000
 
 
+@pytest.mark.parametrize("rows,printed", [(2_262_400, 5.7e9), (7_239_680, 18.5e9)])
+def test_the_paper_s_tables_have_their_size(rows, printed):
+    """Of its models of 27B and 40B parameters (table 5): rows of each table, and elements of all."""
+    config = EngramConfig(slots=16 * rows, value_dim=1280 // 16, layers=[1, 14])
+    with torch.device("meta"):
+        pools, _ = config.build(2560, 30)
+    assert sum(pool.values.numel() for pool in pools.values()) == pytest.approx(printed, rel=0.02)
+
+
 def test_initial_values():
     torch.manual_seed(0)
     config = TransformerConfig(dim=256, layers=8, heads=4, feed_forward_dim=64)
