@@ -4,8 +4,9 @@ To add one, write a subclass of `lightning.pytorch.Callback` into a file of this
 YAML under ``trainer.callbacks`` by its class name.
 """
 
+from callbacks.expert_load import ExpertLoad
 from callbacks.samples import Samples
 from callbacks.slot_usage import SlotUsage
 from callbacks.throughput import Throughput
 
-__all__ = ["Samples", "SlotUsage", "Throughput"]
+__all__ = ["ExpertLoad", "Samples", "SlotUsage", "Throughput"]

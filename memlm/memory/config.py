@@ -130,25 +130,11 @@ class MemoryConfig(PlacementConfig):
             start_at_zero=self.start_at_zero and not self.projection,
         )
         if self.has_pre_values:
-            for pool in pools.values():
-                pool.std = self.values_std(dim, depth)
             pools |= size([down(name) for name in names.values()], value_dim=dim)
         return pools, {
             block: Placed(MemoryLayer(self, dim), (name, down(name)) if self.has_pre_values else (name,))
             for block, name in names.items()
         }
-
-    def values_std(self, dim: int, depth: int) -> float:
-        """Standard deviation of the values before training, where there are pre-values.
-
-        That of the pre-values is ``D^-1/2``: their dot products with a normalised input have one of 1. A
-        head's softmax over scores that are close to each other averages ``R`` independent rows, and heads are
-        summed, so that values of the standard deviation below make an output of ``(2 * depth)^-1/2`` times
-        the root mean square of the activation, as in a feed-forward network whose output matrix is scaled as
-        in this transformer. (UltraMemV2, arXiv 2508.18756, names a derived initialisation; this is ours.)
-        """
-        fan_in = self.resolved_value_dim(dim) / dim if self.projection else 1.0
-        return (2 * depth) ** -0.5 * (self.reads / self.heads / fan_in) ** 0.5
 
     def resolved_key_dim(self, dim: int) -> int:
         """Elements of a key, both halves together."""

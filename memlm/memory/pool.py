@@ -31,7 +31,6 @@ class MemoryPool(nn.Module):
     Attributes:
         values: ``[S, V]`` parameter.
         gradient: The compact gradient of the values.
-        std: Standard deviation of the values before training; None: ``V^-1/2`` (released code of the paper).
         observers: Functions called with ``(slots [N, L], weights [N, L])``, without gradient, at every read,
             and at every dot with weights of one. ``N`` is a multiple of the batch's tokens where a token
             reads in several parts. They run inside the forward pass, and interrupt a compiled graph: keep
@@ -49,7 +48,6 @@ class MemoryPool(nn.Module):
     ) -> None:
         super().__init__()
         self.start_at_zero = start_at_zero
-        self.std: float | None = None
         self.slots = slots
         self.value_dim = value_dim
         self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype))
@@ -57,11 +55,14 @@ class MemoryPool(nn.Module):
         self.observers: list[Callable[[Tensor, Tensor], None]] = []
 
     def initialise(self, residual_scale: float) -> None:
-        """Values normal with the standard deviation :attr:`std`, or zero."""
+        """Values normal with std ``V^-1/2`` (released code of the paper), or zero.
+
+        Of pre-values too, whose ``V`` is the model dim: dot products with a normalised input have std 1.
+        """
         if self.start_at_zero:
             nn.init.zeros_(self.values)
         else:
-            nn.init.normal_(self.values, std=self.value_dim**-0.5 if self.std is None else self.std)
+            nn.init.normal_(self.values, std=self.value_dim**-0.5)
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the rows that each token reads.

@@ -45,9 +45,9 @@ class TuckerKeys(nn.Module):
     """Half keys with ``r`` scores each, a core, and the search.
 
     With ``a_i`` and ``b_j`` the ``r`` scores of half key ``i`` of the first set and ``j`` of the second, slot
-    ``i * K1 + j`` has the score ``a_i^T core b_j``. The best ``R`` need not lie among the best of each set. As
-    in the paper, the core's leading singular vectors ``u`` and ``t`` preselect: the ``R`` half keys of each
-    set with the largest ``<u, a_i>`` and ``<t, b_j>``; among their ``R * R`` pairs the search is exact.
+    ``i * K1 + j`` has the score ``a_i^T core b_j``. The best ``R`` need not lie among the best of each set.
+    As in the paper, the core's leading singular vectors ``u`` and ``t`` preselect: the ``R`` half keys of
+    each set with the largest ``<u, a_i>`` and ``<t, b_j>``; among their ``R * R`` pairs the search is exact.
 
     ``(u, t)`` and ``(-u, -t)`` are one singular pair but opposite preselections, and the paper does not say
     which; here it is the one with the larger sum, and the core begins near ``1 / r`` in every element, whose

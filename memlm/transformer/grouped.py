@@ -1,4 +1,4 @@
-"""Products of grouped rows: copy tokens into groups, multiply each group by a matrix of its own, add up again.
+"""Products of grouped rows: copy tokens into groups, multiply each by a matrix of its own, add up again.
 
 ``M`` rows are sorted by expert; expert ``e`` has rows ``ends[e-1]`` to ``ends[e]``. Each row is a copy of a
 token. All sums are taken in a fixed order, without atomics, and nothing waits for the device.
@@ -99,7 +99,7 @@ class _CopyTokens(torch.autograd.Function):
         return tokens.index_select(0, groups.tokens)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         rows, starts = ctx.saved_tensors
         return F.embedding_bag(rows, grad, starts, mode="sum"), None
 
@@ -111,7 +111,7 @@ class _AddRows(torch.autograd.Function):
         return F.embedding_bag(groups.rows, rows, groups.starts, mode="sum")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (tokens,) = ctx.saved_tensors
         return grad.index_select(0, tokens), None
 
@@ -129,7 +129,7 @@ class _Gated(torch.autograd.Function):
         return F.silu(gate).mul_(up).mul_(weights.to(gate_up.dtype).unsqueeze(1))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate_up, weights = ctx.saved_tensors
         inputs = (gate_up, weights.to(gate_up.dtype).unsqueeze(1), grad)
         results = (torch.empty_like(gate_up), torch.empty_like(weights))

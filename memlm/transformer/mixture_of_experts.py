@@ -1,6 +1,7 @@
 """The mixture-of-experts layer."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,9 @@ class MixtureOfExperts(nn.Module):
         down: ``[E, D, F]``.
         shared: The shared experts, or None.
         balance_bias: ``[E]`` fp32 in any precision; only with a ``balance_rate``.
-        observers: Functions called with the tokens of each expert (``[E]`` int64) at every forward pass, after
-            it has been counted. They interrupt a compiled graph: keep them free of host synchronisation.
+        observers: Functions called with the number of tokens of each expert (``[E]`` int64) at every forward
+            pass, after it has been counted. They interrupt a compiled graph: keep them free of host
+            synchronisation.
     """
 
     balance_bias: Tensor | None
@@ -149,7 +151,7 @@ class MixtureOfExperts(nn.Module):
     # -- cost and initial values
 
     def flops(self, sequence_length: int) -> Flops:
-        """FLOPs of one token that uses ``top_k`` experts (with ``expert_choice``: on average, in training)."""
+        """FLOPs of one token, with ``top_k`` experts (``expert_choice``: on average, in training)."""
         experts = products(self.gate_up[0], self.down[0]) * self.config.top_k
         shared = products(*self.shared.parameters()) if self.shared is not None else Flops()
         return products(self.router.weight) + experts + shared
@@ -159,9 +161,9 @@ class MixtureOfExperts(nn.Module):
         return self.flops(1).forward // 2
 
     def initialise(self, residual_scale: float) -> None:
-        """Normal: router, gate and up with std ``D^-1/2``, down ``F^-1/2 * residual_scale``; no bias, no load.
+        """Normal: router, gate and up with std ``D^-1/2``, down with ``F^-1/2 * residual_scale``.
 
-        The shared experts are not filled.
+        Bias and load become zero. The shared experts are not filled.
         """
         dim, width = self.down.shape[1:]
         nn.init.normal_(self.router.weight, std=dim**-0.5)
@@ -179,6 +181,10 @@ class MixtureOfExperts(nn.Module):
         if before is not None and after is not None and after.dtype != before.dtype:
             self.balance_bias = before.to(after.device) if not before.is_meta else after.to(before.dtype)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which cannot hold losses: these belong to a graph."""
+        return self.__dict__ | {"_losses": {}}
 
     def extra_repr(self) -> str:
         experts, dim, width = self.down.shape

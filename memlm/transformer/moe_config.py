@@ -16,17 +16,17 @@ STRIDE = 8
 class MoEConfig:
     """Mixtures of experts in the place of feed-forward networks.
 
-    The defaults are the mixture-of-experts baseline of Memory Layers at Scale (arXiv 2412.09764, section 4.1).
-    Mixtral is ``routing: token_choice``, ``top_k: 2``, ``normalise_weights: true``; OLMoE ``experts: 64``,
+    The defaults are the baseline of Memory Layers at Scale (arXiv 2412.09764, section 4.1). Mixtral is
+    ``routing: token_choice``, ``top_k: 2``, ``normalise_weights: true``; OLMoE ``experts: 64``,
     ``routing: token_choice``, ``top_k: 8`` with a smaller ``expert_dim``.
     """
 
     experts: int = 8
     """E: experts, each a SwiGLU network of its own."""
     routing: Routing = "expert_choice"
-    """expert_choice: in training every expert takes the tokens of the batch that score best with it, later
-    ones too, so that training sees the future; in evaluation each token goes to its best expert. token_choice:
-    every token takes its top_k best experts."""
+    """expert_choice: in training every expert takes the tokens of the batch that score best with it, of later
+    positions too, so that training sees the future; in evaluation each token takes its best expert.
+    token_choice: every token takes its top_k best experts."""
     top_k: int = 1
     """Experts that a token uses, at most experts; for expert_choice on average: an expert takes
     tokens * top_k / experts tokens of a batch, rounded up."""
@@ -34,8 +34,8 @@ class MoEConfig:
     """F: inner width of an expert, a multiple of 8. Default: that of the dense SwiGLU networks. Smaller ones
     with more experts and a larger top_k are fine-grained experts."""
     shared_experts: int = 0
-    """Experts that every token uses beside those chosen, as one SwiGLU network of shared_experts * expert_dim.
-    """
+    """Experts that every token uses beside those chosen, as one SwiGLU network of that many times
+    expert_dim."""
     normalise_weights: bool = False
     """Whether the weights of a token's top_k experts are divided by their sum (Mixtral does, OLMoE and Switch
     do not). Only for token_choice."""

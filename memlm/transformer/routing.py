@@ -1,7 +1,7 @@
 """Which experts a token uses: scores, choice, and the losses that keep the choice balanced.
 
-Everything is computed in fp32 at least. ``N`` tokens, ``E`` experts, ``M`` rows: chosen pairs of a token and an
-expert.
+Everything is computed in fp32 at least. ``N`` tokens, ``E`` experts; ``M`` rows, the chosen pairs of a token
+and an expert.
 """
 
 import torch
@@ -13,7 +13,7 @@ from memlm.transformer.moe_config import Score
 
 
 def router_logits(tokens: Tensor, weight: Tensor) -> Tensor:
-    """``[N, E]`` logits of tokens ``[N, D]`` and the router's weight ``[E, D]``, in fp32 even under autocast."""
+    """Logits ``[N, E]`` of tokens ``[N, D]`` by a router's weight ``[E, D]``, in fp32 even under autocast."""
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.autocast(tokens.device.type, enabled=False):
         return F.linear(tokens.to(dtype), weight.to(dtype))
@@ -85,9 +85,9 @@ def expert_choice(scores: Tensor, top_k: int) -> tuple[Groups, Tensor]:
 def balance_loss(scores: Tensor, counts: Tensor) -> Tensor:
     """``E * sum_e f_e P_e``, with the share ``f`` of rows and of probability ``P`` that an expert has.
 
-    Switch Transformers (arXiv 2101.03961, equations 4 to 6), for several experts a token the share of all rows:
-    1 for an even load, whatever ``top_k``. Sigmoid scores are first divided by their sum over the experts, as
-    in DeepSeek-V3 (arXiv 2412.19437, equation 19). Only ``P`` has a gradient.
+    Switch Transformers (arXiv 2101.03961, equations 4 to 6), with the shares of all rows where a token has
+    several: 1 for an even load, whatever ``top_k``. Sigmoid scores are first divided by their sum over the
+    experts, as in DeepSeek-V3 (arXiv 2412.19437, equation 19). Only ``P`` has a gradient.
 
     Args:
         scores: ``[N, E]``.

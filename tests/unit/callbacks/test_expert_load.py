@@ -32,14 +32,16 @@ class ByHand(pl.Callback):
         self.loads = None
         self.training, self.evaluation, self.evaluations = {}, {}, []
         for block, layer in model.transformer.experts.items():
-            layer.register_forward_pre_hook(lambda layer, inputs, block=block: self.add(block, layer, *inputs))
+            layer.register_forward_pre_hook(
+                lambda layer, inputs, block=block: self.add(block, layer, *inputs)
+            )
 
     def add(self, block, layer, hidden):
         if self.loads is not None:
             scores = hidden.detach().flatten(0, 1) @ layer.router.weight.detach().T
             loads = self.loads.setdefault(block, [0] * 12)
             for row in scores.tolist():
-                for expert in sorted(range(12), key=lambda e: -row[e])[:2]:  # noqa: B023
+                for expert in sorted(range(12), key=lambda e: -row[e])[:2]:
                     loads[expert] += 1
 
     def on_train_batch_start(self, trainer, *args):
@@ -85,7 +87,11 @@ def test_formulas_by_hand():
 
 @pytest.mark.parametrize(
     "name,block",
-    [("blocks.3.feed_forward", "3"), ("_orig_mod.blocks.12._wrapped.feed_forward", "12"), ("experts", "experts")],
+    [
+        ("blocks.3.feed_forward", "3"),
+        ("_orig_mod.blocks.12._wrapped.feed_forward", "12"),
+        ("experts", "experts"),
+    ],
 )
 def test_the_block_in_a_module_s_name(name, block):
     assert block_of(name) == block
@@ -119,7 +125,9 @@ def test_expert_choice_in_training_logs_the_tokens_that_no_expert_chose(facts, t
 
     class Unchosen(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):  # before the model's own hook
-            shares.append({block: layer.unchosen().item() for block, layer in model.transformer.experts.items()})
+            shares.append(
+                {block: layer.unchosen().item() for block, layer in model.transformer.experts.items()}
+            )
 
     trainer(ExpertLoad(every_n_steps=2), Unchosen(), max_steps=3).fit(model, datamodule=facts)
     (row,) = [row for row in read_metrics(tmp_path / "metrics.csv") if "val/loss" in row]

@@ -94,18 +94,19 @@ def test_frozen_query_still_trains_the_values():
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
+@pytest.mark.parametrize("pre_values", ["none", "silu"])
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant, pre_values):
     results = []
     for wrap in (False, True):
-        (layer,), pools = build()
-        (pool,) = pools
+        (layer,), pools = build(pre_values=pre_values)
         hidden = torch.randn(2, 5, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         hidden.requires_grad_()
         output = (
             checkpoint(layer, hidden, pools, use_reentrant=use_reentrant) if wrap else layer(hidden, pools)
         )
         output.square().sum().backward()
-        results.append([output, hidden.grad, *(p.grad for p in layer.parameters()), dense_gradient(pool)])
+        gradients = [*(p.grad for p in layer.parameters()), *map(dense_gradient, pools)]
+        results.append([output, hidden.grad, *gradients])
     for plain, wrapped in zip(*results, strict=True):
         assert torch.equal(plain, wrapped)
 

@@ -33,19 +33,19 @@ class LargestNewTensor(TorchDispatchMode):
         return result
 
 
-def build(half_keys: int, value_dim: int, query_norm: str = "none"):
+def build(half_keys: int, value_dim: int, **options):
     torch.manual_seed(0)
     config = TransformerConfig(dim=64, layers=2, heads=2, feed_forward_dim=64)
     memory = MemoryConfig(
-        half_keys=half_keys, heads=2, reads=8, value_dim=value_dim, layers=[0, 1], query_norm=query_norm
+        half_keys=half_keys, heads=2, reads=8, value_dim=value_dim, layers=[0, 1], **options
     )
     model = Transformer(20, config, memory)
     groups = [
         {"params": parameters, "name": name, "clip": 0.01, "kind": "memory" if name == "values" else "dense"}
         for name, parameters in assign(model.named_parameters()).items()
     ]
-    pool = model.pools["main"]
-    return model, MemoryAdamW(groups, {pool.values: pool.gradient}, weight_decay=0.1)
+    gradients = {pool.values: pool.gradient for pool in model.pools.values()}
+    return model, MemoryAdamW(groups, gradients, weight_decay=0.1)
 
 
 def step(model, optimizer, micro_batches=2) -> None:
@@ -57,21 +57,28 @@ def step(model, optimizer, micro_batches=2) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("query_norm", ["none", "qk"])
-def test_every_operation_of_a_step_and_of_resuming_stays_small(query_norm):
-    model, optimizer = build(256, 64, query_norm)  # 65,536 x 64 values
-    table = model.pools["main"].values
-    state = optimizer.state[table]
-    saved = {name: tensor.clone() for name, tensor in state.items()}
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"query_norm": "qk"}, {"pre_values": "gelu"}, {"value_expansion": 2, "half_keys": (256, 512)}],
+    ids=str,
+)
+def test_every_operation_of_a_step_and_of_resuming_stays_small(options):
+    model, optimizer = build(**{"half_keys": 256, "value_dim": 64, **options})  # 65,536 x 64 values
+    tables = [pool.values for pool in model.pools.values()]
+    states = [optimizer.state[table] for table in tables]
+    saved = [tensor.clone() for state in states for tensor in state.values()]
     saved_state = optimizer.state_dict()
-    known = [table, state["exp_avg"], state["exp_avg_sq"], *saved.values()]
-    before = table.detach().clone()
-    with LargestNewTensor(known) as largest:
+    moments = [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    before = [table.detach().clone() for table in tables]
+    with LargestNewTensor([*tables, *moments, *saved]) as largest:
         step(model, optimizer)
         step(model, optimizer)
         optimizer.load_state_dict(saved_state)
-    assert 0 < (before != table).any(1).sum() < 2_000  # it did train, some rows
-    assert largest.elements < table.numel() // 50, f"{largest.elements} elements by {largest.operation}"
+    for table, old in zip(tables, before, strict=True):
+        assert table.shape == (65_536, 64)
+        assert 0 < (old != table).any(1).sum() < 2_000  # it did train, some rows
+    limit = tables[0].numel() // 50
+    assert largest.elements < limit, f"{largest.elements} elements by {largest.operation}"
 
 
 def test_the_recorder_notices_a_dense_gradient():

@@ -349,7 +349,9 @@ def test_parameters_and_state_dict():
     assert "balance_bias" in build(**TOKENS, balance_rate=0.1).state_dict()
 
 
-@pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.double()])
+@pytest.mark.parametrize(
+    "convert", [lambda m: m.bfloat16(), lambda m: m.to(torch.float16), lambda m: m.double()]
+)
 def test_the_bias_stays_in_fp32(convert):
     layer = build(dtype=torch.float32, **TOKENS, balance_rate=0.1)
     layer.balance_bias += 1.0001
@@ -392,6 +394,15 @@ def test_initial_values():
         # The deviation of n draws is known to about 1 / sqrt(2 n).
         assert parameter.std().item() == pytest.approx(std, rel=4 / math.sqrt(2 * parameter.numel()))
     assert torch.equal(layer.shared.down.weight, before)  # its own to fill
+
+
+def test_a_copy_has_no_losses():
+    layer = build(**TOKENS, z_loss=0.1)
+    layer(torch.randn(1, 9, 16, dtype=torch.float64))
+    twin = copy.deepcopy(layer)
+    assert twin.take_losses() == {}
+    assert layer.take_losses().keys() == {"z"}
+    assert torch.equal(twin.counts, layer.counts)
 
 
 # -- cost

@@ -49,7 +49,7 @@ def test_every_token_takes_its_best_experts(size, normalise, biased, seed):
     expected = {}
     for token, row in enumerate(scores.tolist()):
         shift = [0.0] * experts if bias is None else bias.tolist()
-        best = sorted(range(experts), key=lambda e: -(row[e] + shift[e]))[:top_k]  # noqa: B023
+        best = sorted(range(experts), key=lambda e: -(row[e] + shift[e]))[:top_k]
         total = sum(row[e] for e in best) if normalise else 1.0
         expected |= {(token, e): row[e] / total for e in best}
     groups, weights = token_choice(scores, top_k, normalise, bias)
@@ -68,7 +68,7 @@ def test_every_expert_takes_its_best_tokens(size, seed):
     capacity = math.ceil(number * top_k / experts)
     expected = {}
     for expert, column in enumerate(scores.t().tolist()):
-        best = sorted(range(number), key=lambda n: -column[n])[:capacity]  # noqa: B023
+        best = sorted(range(number), key=lambda n: -column[n])[:capacity]
         expected |= {(token, expert): column[token] for token in best}
     groups, weights = expert_choice(scores, top_k)
     assert pairs(groups, weights) == pytest.approx(expected)
@@ -124,7 +124,7 @@ def test_balance_loss_is_switch_s_formula(score, top_k):
     for e in range(5):
         f = p = 0.0
         for row in scores.tolist():
-            f += (e in sorted(range(5), key=lambda i: -row[i])[:top_k]) / (11 * top_k)  # noqa: B023
+            f += (e in sorted(range(5), key=lambda i: -row[i])[:top_k]) / (11 * top_k)
             p += row[e] / sum(row) / 11
         loss += 5 * f * p
     assert balance_loss(scores, counts).item() == pytest.approx(loss)
