@@ -75,7 +75,7 @@ class MixtureOfExperts(nn.Module):
             return routing.token_choice(scores, config.top_k, config.normalise_weights, self.balance_bias)
         if self.training:
             return routing.expert_choice(scores, config.top_k)
-        return routing.token_choice(scores, 1)
+        return routing.token_choice(scores, config.top_k)
 
     def _experts(self, tokens: Tensor, weights: Tensor, groups: grouped.Groups) -> Tensor:
         """Weighted sums ``[N, D]`` of the outputs of each token's experts."""

@@ -25,8 +25,8 @@ class MoEConfig:
     """E: experts, each a SwiGLU network of its own."""
     routing: Routing = "expert_choice"
     """expert_choice: in training every expert takes the tokens of the batch that score best with it, of later
-    positions too, so that training sees the future; in evaluation each token takes its best expert.
-    token_choice: every token takes its top_k best experts."""
+    positions too, so that training sees the future; in evaluation each token takes its top_k best
+    experts (the paper: one). token_choice: every token takes its top_k best experts."""
     top_k: int = 1
     """Experts that a token uses, at most experts; for expert_choice on average: an expert takes
     tokens * top_k / experts tokens of a batch, rounded up."""

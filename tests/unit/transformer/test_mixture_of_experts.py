@@ -39,10 +39,9 @@ def by_hand(layer: MixtureOfExperts, hidden: torch.Tensor) -> torch.Tensor:
             for n in scores[:, e].argsort(descending=True)[:capacity]:
                 weights[n, e] = scores[n, e]
     else:
-        top_k = config.top_k if config.routing == "token_choice" else 1
         biased = scores if layer.balance_bias is None else scores + layer.balance_bias
         for n in range(number):
-            chosen = biased[n].argsort(descending=True)[:top_k]
+            chosen = biased[n].argsort(descending=True)[: config.top_k]
             total = scores[n, chosen].sum() if config.normalise_weights else 1
             for e in chosen:
                 weights[n, e] = scores[n, e] / total
