@@ -21,7 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.fits import ROOT, environment_of, fit, write
 
-NAMES = ("dense", "moe", "peer", "memory", "memory_plus", "memory_beside")
+NAMES = (
+    "dense",
+    "moe_expert_choice",
+    "moe",
+    "engram",
+    "peer",
+    "memory",
+    "memory_plus",
+    "memory_beside",
+)
 START, END = "<!-- table -->", "<!-- end of table -->"
 
 
@@ -65,7 +74,7 @@ def table(results: dict[str, Any]) -> str:
         median(run["tokens_per_second"] for run in results["dense"]["runs"]) if "dense" in results else None
     )
     lines = [
-        "| model | parameters | active | FLOPs a token | recall by seed | mean | loss | tokens/s | of dense |",
+        "| model | parameters | active | FLOPs | recall by seed | mean | loss | tokens/s | of dense |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, result in results.items():

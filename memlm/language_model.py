@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -84,6 +85,8 @@ class LanguageModel(pl.LightningModule):
         for section in sections.values():
             for name in ("kernels", "start_at_zero", "auxiliary_loss", "z_loss"):
                 section.pop(name, None)
+            if section.get("tucker") is not None:
+                section["tucker"] = {"rank": section["tucker"]["rank"]}
         return {"class_path": f"memlm.{type(self).__name__}", "vocab_size": self.vocab_size, **sections}
 
     def counts(self, sequence_length: int) -> Counts:
@@ -156,17 +159,19 @@ class LanguageModel(pl.LightningModule):
         self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/tokens", float(self.tokens_seen))
-        for name, extra in self._expert_losses().items():
+        for name, extra in self._layer_losses().items():
             self.log(f"train/loss_{name}", extra.detach())
             loss = loss + extra
         return loss
 
-    def _expert_losses(self) -> dict[str, Tensor]:
-        """Weighted losses that the mixtures of experts ask for, means over the layers."""
-        layers = self.transformer.experts.values()
-        found = [layer.take_losses() for layer in layers]
-        names = dict.fromkeys(name for losses in found for name in losses)
-        return {name: sum(losses[name] for losses in found) / len(found) for name in names}  # type: ignore[misc]
+    def _layer_losses(self) -> dict[str, Tensor]:
+        """Weighted losses that layers ask for (experts, Tucker's core), means over those that do."""
+        found: dict[str, list[Tensor]] = {}
+        for module in self.transformer.modules():
+            if hasattr(module, "take_losses"):
+                for name, loss in module.take_losses().items():
+                    found.setdefault(name, []).append(loss)
+        return {name: torch.stack(losses).mean() for name, losses in found.items()}
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Even out the load of the experts, where they are balanced without a loss."""

@@ -13,7 +13,7 @@ RULES: tuple[Rule, ...] = (
     (r"(^|\.)pools\.\w+\.values$", "values"),
     # Decay pulls towards zero, which is no neutral value for gains, biases and keys; embedding rows
     # of rare tokens would shrink in every step that does not train them.
-    (r"norm|bias$|qk_gain$|product_keys\.keys$|embedding\.weight$", "no_decay"),
+    (r"norm|bias$|qk_gain$|product_keys\.(keys|core)$|embedding\.weight$", "no_decay"),
     (r"", "decay"),
 )
 

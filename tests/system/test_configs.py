@@ -11,7 +11,7 @@ from memlm.__main__ import main
 from memlm.run_metrics import read_metrics
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# The paper's ladder and the retrofit have tests of their own: they need other sizes, or a model to begin with.
+# The ladder of the paper and the retrofit have tests of their own: other sizes, and a model to begin with.
 FILES = sorted(
     file for file in CONFIGS.rglob("*.yaml") if file.parent.name != "paper" and file.stem != "retrofit"
 )

@@ -130,7 +130,7 @@ def test_the_dense_layer_computes_what_ours_computes():
     ours = layer_step.Memlm.like(dense)
     hidden, grad = torch.randn(2, 10, 24)
     inputs = [hidden.clone().requires_grad_() for _ in range(2)]
-    outputs = [dense(inputs[0]), ours.layer(inputs[1], ours.pool)]
+    outputs = [dense(inputs[0]), ours.layer(inputs[1], [ours.pool])]
     torch.testing.assert_close(*outputs)
     for output in outputs:
         output.backward(grad)

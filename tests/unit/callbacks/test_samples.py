@@ -58,7 +58,7 @@ def test_training_is_not_disturbed(facts, model, trainer, name):
         assert module.training
         return module.state_dict(), random_state(torch.device("cpu"))
 
-    twin = type(model)(facts.vocab_size, *model._configs.values())
+    twin = type(model)(facts.vocab_size, *model.sections.values())
     twin.load_state_dict(model.state_dict())
     weights, state = fit(model, Samples([name]))
     other_weights, other_state = fit(twin)

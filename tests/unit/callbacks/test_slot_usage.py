@@ -117,7 +117,7 @@ def test_observing_changes_nothing(facts, model, trainer):
     trainer(SlotUsage(every_n_steps=1)).fit(model, datamodule=facts)
     observed = {name: value.clone() for name, value in model.state_dict().items()}
     pl.seed_everything(1, verbose=False)
-    again = type(model)(facts.vocab_size, *model._configs.values())
+    again = type(model)(facts.vocab_size, *model.sections.values())
     facts.advance(facts.start())
     trainer().fit(again, datamodule=facts)
     assert all(torch.equal(value, observed[name]) for name, value in again.state_dict().items())
@@ -179,7 +179,7 @@ def test_observers_are_removed_after_a_failure(facts, model, trainer):
 
 
 def test_two_models_in_one_process_are_kept_apart(facts, model, trainer):
-    other = type(model)(facts.vocab_size, *model._configs.values())
+    other = type(model)(facts.vocab_size, *model.sections.values())
     first, second = SlotUsage(every_n_steps=1), SlotUsage(every_n_steps=1)
     state = SimpleNamespace(global_step=0)
     first.setup(state, model, "fit")
