@@ -9,7 +9,7 @@ install: .venv/bin/memlm
 	touch $@
 
 test: install
-	.venv/bin/pytest
+	.venv/bin/pytest -n auto
 
 slow: install
 	.venv/bin/pytest -m slow

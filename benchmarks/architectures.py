@@ -30,6 +30,8 @@ NAMES = (
     "memory",
     "memory_plus",
     "memory_beside",
+    "ultramem_v2",
+    "ultramem",
 )
 START, END = "<!-- table -->", "<!-- end of table -->"
 

@@ -27,7 +27,7 @@ class Throughput(Callback):
     multiple of it) and at the last step, over the training seconds since the previous such row:
 
     - ``train/tokens_per_second``: positions trained on, padding included, over all devices;
-    - ``train/model_flops_utilisation``: three times the forward FLOPs (as model.json counts them) over what
+    - ``train/model_flops_utilisation``: FLOPs forward and backward (as model.json counts them) over what
       the devices could do at most in that precision; only on GPUs whose peak is known;
     - ``train/value_bytes_per_second``: bytes of value rows that the forward passes read, over all devices;
       memory models only;
@@ -83,7 +83,7 @@ class Throughput(Callback):
             self._running_since = perf_counter()
         if not self._flops_per_token:
             counts = pl_module.counts(batch["tokens"].shape[1])
-            self._flops_per_token = counts.flops_per_token
+            self._flops_per_token = counts.flops_per_token + counts.backward_flops_per_token
             self._value_bytes_per_token = counts.bytes_read_per_token
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +167,7 @@ class Throughput(Callback):
         peak = peak_flops(pl_module.device, str(trainer.precision))
         if peak is not None:
             metrics["train/model_flops_utilisation"] = (
-                3 * self._flops_per_token * speed / trainer.world_size / peak
+                self._flops_per_token * speed / trainer.world_size / peak
             )
         if self._value_bytes_per_token:
             metrics["train/value_bytes_per_second"] = self._value_bytes_per_token * speed

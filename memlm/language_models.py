@@ -64,9 +64,9 @@ class MemoryLM(LanguageModel):
         vocab_size: Entries of the tokenizer; linked to the data's.
         transformer: The decoder's options.
         memory: The memory layers' options.
-        moe: Options of mixtures of experts in the feed-forward networks that remain.
         optimizer: The dense parameters' optimiser.
         values_optimizer: The value rows' optimiser.
+        moe: Options of mixtures of experts in the feed-forward networks that remain.
         pretrained: A Hugging Face model to start from.
         compile: Whether to run the transformer under torch.compile.
     """
@@ -76,9 +76,9 @@ class MemoryLM(LanguageModel):
         vocab_size: int,
         transformer: TransformerConfig = TransformerConfig(),
         memory: MemoryConfig = MemoryConfig(),
-        moe: MoEConfig | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),
         values_optimizer: ValuesOptimizerConfig = ValuesOptimizerConfig(),
+        moe: MoEConfig | None = None,
         pretrained: PretrainedConfig | None = None,
         compile: bool = False,
     ) -> None:
@@ -103,9 +103,9 @@ class PEERLM(LanguageModel):
         vocab_size: Entries of the tokenizer; linked to the data's.
         transformer: The decoder's options.
         memory: The PEER layers' options.
-        moe: Options of mixtures of experts in the feed-forward networks that remain.
         optimizer: The dense parameters' optimiser.
         values_optimizer: The optimiser of the experts, rows of two pools.
+        moe: Options of mixtures of experts in the feed-forward networks that remain.
         pretrained: A Hugging Face model to start from.
         compile: Whether to run the transformer under torch.compile.
     """
@@ -115,9 +115,9 @@ class PEERLM(LanguageModel):
         vocab_size: int,
         transformer: TransformerConfig = TransformerConfig(),
         memory: PEERConfig = PEERConfig(),
-        moe: MoEConfig | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),
         values_optimizer: ValuesOptimizerConfig = ValuesOptimizerConfig(),
+        moe: MoEConfig | None = None,
         pretrained: PretrainedConfig | None = None,
         compile: bool = False,
     ) -> None:
@@ -142,9 +142,9 @@ class EngramLM(LanguageModel):
         vocab_size: Entries of the tokenizer; linked to the data's.
         transformer: The decoder's options.
         memory: The n-gram memory's options.
-        moe: Options of mixtures of experts in the feed-forward networks that remain.
         optimizer: The dense parameters' optimiser.
         values_optimizer: The value rows' optimiser.
+        moe: Options of mixtures of experts in the feed-forward networks that remain.
         pretrained: A Hugging Face model to start from.
         compile: Whether to run the transformer under torch.compile.
     """
@@ -154,9 +154,9 @@ class EngramLM(LanguageModel):
         vocab_size: int,
         transformer: TransformerConfig = TransformerConfig(),
         memory: EngramConfig = EngramConfig(),
-        moe: MoEConfig | None = None,
         optimizer: OptimizerConfig = OptimizerConfig(),
         values_optimizer: ValuesOptimizerConfig = ValuesOptimizerConfig(),
+        moe: MoEConfig | None = None,
         pretrained: PretrainedConfig | None = None,
         compile: bool = False,
     ) -> None:

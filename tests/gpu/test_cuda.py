@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from memlm.language_models import DenseLM, LanguageModel, MemoryLM
-from memlm.memory import MemoryConfig, MemoryPool
+from memlm.language_models import PEERLM, DenseLM, EngramLM, LanguageModel, MemoryLM, MoELM
+from memlm.memory import EngramConfig, MemoryConfig, MemoryPool, PEERConfig
 from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig
-from memlm.transformer import TransformerConfig
+from memlm.transformer import MoEConfig, TransformerConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,9 +28,21 @@ def make(kind: str) -> LanguageModel:
     torch.manual_seed(0)
     if kind == "dense":
         return DenseLM(VOCAB, transformer, optimizer)
+    if kind == "token_choice":
+        moe = MoEConfig(experts=4, routing=kind, top_k=2, auxiliary_loss=0.01, balance_rate=1e-3)
+        return MoELM(VOCAB, transformer, moe, optimizer)
+    if kind == "expert_choice":
+        return MoELM(VOCAB, transformer, MoEConfig(experts=4), optimizer)
+    values_optimizer = ValuesOptimizerConfig(learning_rate=3e-2)
+    if kind == "peer":
+        peer = PEERConfig(half_keys=16, heads=2, reads=8, key_dim=8)
+        return PEERLM(VOCAB, transformer, peer, optimizer, values_optimizer)
+    if kind == "engram":
+        engram = EngramConfig(slots=200, heads=2, layers=[1])
+        return EngramLM(VOCAB, transformer, engram, optimizer, values_optimizer)
     norm = kind.removeprefix("memory-")
     memory = MemoryConfig(half_keys=16, heads=2, reads=8, layers=[0, 2], query_norm=norm)  # type: ignore[arg-type]
-    return MemoryLM(VOCAB, transformer, memory, optimizer, ValuesOptimizerConfig(learning_rate=3e-2))
+    return MemoryLM(VOCAB, transformer, memory, optimizer, values_optimizer)
 
 
 def batches(count: int) -> list[dict[str, torch.Tensor]]:
@@ -68,7 +80,10 @@ def train(model: LanguageModel, accelerator: str, precision: str = "32-true") ->
     return losses.values
 
 
-@pytest.mark.parametrize("kind", ["dense", "memory-none", "memory-qk", "memory-batch"])
+OTHERS = ["token_choice", "expert_choice", "peer", "engram"]
+
+
+@pytest.mark.parametrize("kind", ["dense", "memory-none", "memory-qk", "memory-batch", *OTHERS])
 def test_three_steps_as_on_the_cpu(kind):
     model = make(kind)
     there = copy.deepcopy(model)
@@ -79,7 +94,7 @@ def test_three_steps_as_on_the_cpu(kind):
         assert pool.values.grad is None
 
 
-@pytest.mark.parametrize("kind", ["dense", "memory-qk"])
+@pytest.mark.parametrize("kind", ["dense", "memory-qk", *OTHERS])
 def test_mixed_precision(kind):
     expected = train(make(kind), "cpu")
     model = make(kind)

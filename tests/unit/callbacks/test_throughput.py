@@ -45,7 +45,9 @@ class SlowModel(pl.LightningModule):
 
     def counts(self, sequence_length):
         assert sequence_length == 4
-        return SimpleNamespace(flops_per_token=10, bytes_read_per_token=self.value_bytes)
+        return SimpleNamespace(
+            flops_per_token=10, backward_flops_per_token=18, bytes_read_per_token=self.value_bytes
+        )
 
     def training_step(self, batch, batch_idx):
         self.clock.now += 12 if self.tokens_seen == 0 else 2
@@ -160,7 +162,7 @@ def test_without_memory_no_bytes_of_values(fit, clock):
 def test_utilisation_counts_three_forward_passes(fit, monkeypatch):
     monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: 1000.0)
     rows, _ = fit(Throughput(4), validation=False, max_steps=4)
-    assert rows[-1]["train/model_flops_utilisation"] == pytest.approx(3 * 10 * (8 / 2.75) / 1000)
+    assert rows[-1]["train/model_flops_utilisation"] == pytest.approx(28 * (8 / 2.75) / 1000)
 
 
 def test_seconds_continue_over_a_resume(fit, clock, tmp_path):
