@@ -169,7 +169,7 @@ class LanguageModel(pl.LightningModule):
         found: dict[str, list[Tensor]] = {}
         for module in self.transformer.modules():
             if hasattr(module, "take_losses"):
-                for name, loss in module.take_losses().items():
+                for name, loss in cast(Any, module).take_losses().items():
                     found.setdefault(name, []).append(loss)
         return {name: torch.stack(losses).mean() for name, losses in found.items()}
 
