@@ -117,7 +117,14 @@ class CommandLine(LightningCLI):
         pretrained = model.init_args.get("pretrained")
         if pretrained is not None:
             folder = Path(pretrained.folder)
-            self._take_architecture({"class_path": model.class_path, **read_architecture(folder)}, folder)
+            architecture = read_architecture(folder)
+            if "moe" in architecture and "moe" not in model.init_args:
+                name = model.class_path.rsplit(".", 1)[-1]
+                raise ConfigError(
+                    "model.class_path",
+                    f"is {name}, but {folder} is a mixture of experts; MoELM and the memory models take one",
+                )
+            self._take_architecture({"class_path": model.class_path, **architecture}, folder)
 
     def _take_architecture(self, architecture: dict[str, Any], path: Path) -> None:
         """Puts the architecture of a checkpoint into the config, where the user has not set it."""

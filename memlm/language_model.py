@@ -31,9 +31,9 @@ class LanguageModel(pl.LightningModule):
         transformer: The decoder's options.
         optimizer: The dense parameters' optimiser.
         compile: Whether to run the transformer under ``torch.compile``.
-        memory: The memory's options, None for none.
-        values_optimizer: The value rows' optimiser; goes with ``memory``.
-        moe: Options of the mixtures of experts, None for none.
+        memory_plan: The memory's options, None for none.
+        row_optimizer: The value rows' optimiser; goes with ``memory_plan``.
+        experts: Options of the mixtures of experts, None for none.
         pretrained: Weights to start from, None for initial ones.
     """
 
@@ -44,25 +44,26 @@ class LanguageModel(pl.LightningModule):
         optimizer: OptimizerConfig,
         compile: bool,
         *,
-        memory: MemoryPlan | None = None,
-        values_optimizer: ValuesOptimizerConfig | None = None,
-        moe: MoEConfig | None = None,
+        # Not under the names that subclasses have: the command line takes a base's default for theirs.
+        memory_plan: MemoryPlan | None = None,
+        row_optimizer: ValuesOptimizerConfig | None = None,
+        experts: MoEConfig | None = None,
         pretrained: PretrainedConfig | None = None,
     ) -> None:
         super().__init__()
-        sections = {"transformer": transformer, "memory": memory, "moe": moe}
+        sections = {"transformer": transformer, "memory": memory_plan, "moe": experts}
         self.sections: dict[str, Any] = {name: config for name, config in sections.items() if config}
-        self.dense_options, self.values_options = optimizer, values_optimizer
+        self.dense_options, self.values_options = optimizer, row_optimizer
         optimizer.validate("model.optimizer")
-        if values_optimizer is not None:
-            values_optimizer.validate("model.values_optimizer")
+        if row_optimizer is not None:
+            row_optimizer.validate("model.values_optimizer")
         if pretrained is not None:
-            pretrained.validate(memory)
+            pretrained.validate(memory_plan, experts)
         self._pretrained = pretrained
         self._restored = False
         self._compile = compile
         self.vocab_size = vocab_size
-        self.transformer = Transformer(vocab_size, transformer, memory, moe)
+        self.transformer = Transformer(vocab_size, transformer, memory_plan, experts)
         if pretrained is not None and pretrained.train == "memory":
             for name, parameter in self.transformer.named_parameters():
                 parameter.requires_grad_(is_memory(name))

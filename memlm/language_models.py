@@ -52,7 +52,7 @@ class MoELM(LanguageModel):
         pretrained: PretrainedConfig | None = None,
         compile: bool = False,
     ) -> None:
-        super().__init__(vocab_size, transformer, optimizer, compile, moe=moe, pretrained=pretrained)
+        super().__init__(vocab_size, transformer, optimizer, compile, experts=moe, pretrained=pretrained)
 
 
 class MemoryLM(LanguageModel):
@@ -87,9 +87,9 @@ class MemoryLM(LanguageModel):
             transformer,
             optimizer,
             compile,
-            memory=memory,
-            values_optimizer=values_optimizer,
-            moe=moe,
+            memory_plan=memory,
+            row_optimizer=values_optimizer,
+            experts=moe,
             pretrained=pretrained,
         )
 
@@ -126,9 +126,9 @@ class PEERLM(LanguageModel):
             transformer,
             optimizer,
             compile,
-            memory=memory,
-            values_optimizer=values_optimizer,
-            moe=moe,
+            memory_plan=memory,
+            row_optimizer=values_optimizer,
+            experts=moe,
             pretrained=pretrained,
         )
 
@@ -165,8 +165,8 @@ class EngramLM(LanguageModel):
             transformer,
             optimizer,
             compile,
-            memory=memory,
-            values_optimizer=values_optimizer,
-            moe=moe,
+            memory_plan=memory,
+            row_optimizer=values_optimizer,
+            experts=moe,
             pretrained=pretrained,
         )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from memlm.errors import ConfigError
 from memlm.memory import MemoryPlan
+from memlm.transformer.moe_config import MoEConfig
 
 
 @dataclass
@@ -22,12 +23,19 @@ class PretrainedConfig:
     allow_pickle: bool = False
     """Whether pytorch_model.bin files may be read where there are no safetensors."""
 
-    def validate(self, memory: MemoryPlan | None) -> None:
-        """Check that the memory added leaves the pretrained model what it is.
+    def validate(self, memory: MemoryPlan | None, experts: MoEConfig | None) -> None:
+        """Check that what is added leaves the pretrained model what it is.
 
         Raises:
             ConfigError: Names the key at fault.
         """
+        for name in ("auxiliary_loss", "z_loss", "balance_rate"):
+            if experts is not None and self.train == "memory" and getattr(experts, name):
+                raise ConfigError(
+                    f"model.moe.{name}",
+                    f"is {getattr(experts, name)}, but model.pretrained.train is memory: the experts stay as "
+                    "they are",
+                )
         if memory is None:
             if self.train == "memory":
                 raise ConfigError("model.pretrained.train", "is memory, but the model has no memory")

@@ -203,6 +203,8 @@ def _plain_scaling(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _check_experts(model: "Transformer", options: Mapping[str, Any] | None, where: Path) -> None:
     if options is None:
+        if model.experts:
+            raise ConfigError("model.moe", f"makes mixtures of experts, but {where} says that it has none")
         return
     for layer in model.experts.values():
         for name, theirs in options.items():

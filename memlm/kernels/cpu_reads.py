@@ -27,7 +27,7 @@ def weighted_read(values: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     """See :meth:`memlm.kernels.interface.Backend.weighted_read`."""
     if values.dtype == torch.bfloat16 and slots.numel():
         # torch's own wants bf16 weights.
-        result = torch.empty(slots.shape[0], values.shape[1])
+        result = torch.empty(slots.shape[0], values.shape[1], dtype=torch.float32)
         with torch_threads():
             _read(_table(values), _array(slots), _array(weights.float()), result.numpy())
         return result.bfloat16()
@@ -38,7 +38,7 @@ def read_weight_gradient(values: Tensor, slots: Tensor, grad_output: Tensor) -> 
     """See :meth:`memlm.kernels.interface.Backend.read_weight_gradient`."""
     if values.dtype == torch.float64:
         return reference.read_weight_gradient(values, slots, grad_output)
-    result = torch.empty(slots.shape)
+    result = torch.empty(slots.shape, dtype=torch.float32)
     if result.numel():
         with torch_threads():
             _dots(_table(values), _array(slots), _array(grad_output.float()), result.numpy())
@@ -66,7 +66,7 @@ def read_backward(
     """See :meth:`memlm.kernels.interface.Backend.read_backward`."""
     if values.dtype == torch.float64 or values.shape[0] >= _MOST_SLOTS:
         return reference.read_backward(values, slots, weights, grad_output, buffer)
-    grad_weights = torch.empty(slots.shape)
+    grad_weights = torch.empty(slots.shape, dtype=torch.float32)
     sums = _grouped(
         slots.flatten(),
         weights.flatten(),
@@ -101,7 +101,7 @@ def _grouped(
         starts = np.empty(rows.shape[0] + 1, np.int64)
         found = _boundaries(keys, num_slots, rows, starts) if reads else 0
         sums = _storage(buffer, found * dim).view(found, dim)
-        squares = torch.empty(found)
+        squares = torch.empty(found, dtype=torch.float32)
         if found:
             _sum_rows(
                 keys,
@@ -120,7 +120,10 @@ def _grouped(
 
 
 def _storage(buffer: Tensor | None, elements: int) -> Tensor:
-    return torch.empty(elements) if buffer is None or buffer.numel() < elements else buffer[:elements]
+    # The type is named everywhere here: torch's default is bf16 where a Trainer trains in bf16-true.
+    if buffer is None or buffer.numel() < elements:
+        return torch.empty(elements, dtype=torch.float32)
+    return buffer[:elements]
 
 
 def _array(tensor: Tensor) -> np.ndarray:

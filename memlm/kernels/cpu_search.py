@@ -22,7 +22,7 @@ def best_slots(first: Tensor, second: Tensor, reads: int) -> tuple[Tensor, Tenso
     heads, tokens, columns = first.shape
     dtype = slot_dtype(columns * second.shape[-1])
     slots = torch.empty(tokens, heads, reads, dtype=dtype)
-    sums = torch.empty(tokens, heads, reads)
+    sums = torch.empty(tokens, heads, reads, dtype=torch.float32)
     if sums.numel():
         with torch_threads():
             _search(_ordered_view(first), _ordered_view(second), slots.numpy(), sums.numpy())

@@ -74,7 +74,8 @@ class MemoryConfig(PlacementConfig):
             raise ConfigError("model.memory.half_keys", f"is {self.half_keys}, must be at least 1")
         if self.reads > min(self.key_grid):
             raise ConfigError(
-                "model.memory.reads", f"is {self.reads}, must be at most half_keys ({self.half_keys})"
+                "model.memory.reads",
+                f"is {self.reads}, must be at most half_keys ({min(self.key_grid)} in the smaller set)",
             )
         key_dim = self.resolved_key_dim(dim)
         if key_dim < 2 or key_dim % 2:

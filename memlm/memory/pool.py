@@ -99,7 +99,7 @@ class MemoryPool(nn.Module):
         """
         check_dot(self.values, slots, hidden)
         if self.observers:
-            self._observe(slots, torch.ones(slots.shape, device=slots.device))
+            self._observe(slots, torch.ones(slots.shape, dtype=torch.float32, device=slots.device))
         return self._apply_operator(operators.dot, slots, hidden)
 
     @torch.compiler.disable

@@ -122,7 +122,9 @@ class TuckerKeys(nn.Module):
         """
         if not self.config.loss:
             return {}
-        others = torch.linalg.svdvals(self.core)[:, 1:]
+        others = torch.linalg.svdvals(self.core.to(torch.promote_types(self.core.dtype, torch.float32)))[
+            :, 1:
+        ]
         return {"tucker": self.config.loss * (others - self.config.margin).clamp(min=0).square().mean()}
 
     def flops(self) -> Flops:

@@ -101,6 +101,8 @@ class Transformer(nn.Module):
             pools, placed = memory.build(config.dim, config.layers)
         if moe is not None:
             moe.validate(config.dim, config.layers, inner_dim)
+            if memory is not None and memory.placed == "replace":
+                _check_places(moe, set(placed), config.layers)
         self.pools = nn.ModuleDict(pools)
         self.embedding = nn.Embedding(rows, config.dim)
         self.blocks = nn.ModuleList()
@@ -148,3 +150,14 @@ class Transformer(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, rotary, mask, self.pools, inputs)
         return self.output(self.norm(hidden))
+
+
+def _check_places(moe: MoEConfig, replaced: set[int], depth: int) -> None:
+    """Experts need feed-forward networks that memory has not replaced."""
+    taken = replaced.intersection(moe.placement(depth))
+    if taken and (moe.layers is not None or taken == set(range(depth))):
+        raise ConfigError(
+            "model.moe.layers",
+            f"places experts in blocks {moe.placement(depth)}, but memory replaces the feed-forward networks "
+            f"of blocks {sorted(taken)}; model.memory.mode: beside would keep them",
+        )

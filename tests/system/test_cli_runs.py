@@ -244,3 +244,17 @@ def test_print_config_and_help(memlm, capsys):
         for text in shown:
             assert text in printed
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["MoELM", "MemoryLM", "PEERLM", "EngramLM"])
+def test_sections_that_a_config_leaves_out_have_their_defaults(memlm, folder, capsys, name):
+    model = {"class_path": f"memlm.{name}", "init_args": {"transformer": {"dim": 32, "layers": 12}}}
+    content = {"model": model, "data": {"class_path": "SyntheticFacts"}}
+    (folder / "bare.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit):
+        memlm("fit", "--config", "bare.yaml", "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    sections = ["moe"] if name == "MoELM" else ["memory", "values_optimizer"]
+    assert all(printed[section] for section in sections)
+    assert memlm("params", "--config", "bare.yaml") == 0
+    assert ("values: " in capsys.readouterr().out) == (name != "MoELM")

@@ -120,9 +120,21 @@ def test_what_contradicts_the_pretrained_model_is_named(llama, capsys):
     assert "model.transformer.dim" in line and "64" in line and "32" in line and "llama" in line
     assert "model.memory.mode" in error(capsys, "--model.memory.mode", "replace")
     assert "model.memory.start_at_zero" in error(capsys, "--model.memory.start_at_zero", "false")
+    assert "model.moe" in error(capsys, "--model.moe.experts", "4")
+    balanced = ("--model.moe.routing", "token_choice", "--model.moe.balance_rate", "0.1")
+    assert "model.moe.balance_rate" in error(capsys, *balanced)
     Path("llama/config.json").write_text("{")
     assert "llama/config.json" in error(capsys)
     assert "nowhere" in error(capsys, "--model.pretrained.folder", "nowhere")
+
+
+def test_a_mixture_of_experts_is_no_dense_model(llama, capsys):
+    content = json.loads(Path("llama/config.json").read_text())
+    content |= {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    Path("llama/config.json").write_text(json.dumps(content))
+    command = ["fit", "--model", "memlm.DenseLM", "--model.pretrained.folder", "llama", "--run.name", "dense"]
+    assert main([*command, "--data", "SyntheticFacts"]) == 2
+    assert "memlm: error: model.class_path: is DenseLM, but llama" in capsys.readouterr().err
 
 
 def test_a_missing_shard_is_named_before_anything_is_written(llama, capsys):

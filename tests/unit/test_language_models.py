@@ -115,6 +115,13 @@ def test_bf16_mixed_precision_trains():
     assert sum(losses.seen[-5:]) < 0.8 * sum(losses.seen[:5])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_true_bf16_trains(kind):
+    data, losses = facts(), Losses()
+    trainer(max_steps=3, precision="bf16-true", callbacks=[losses]).fit(build(kind, data), datamodule=data)
+    assert len(losses.seen) == 3 and all(math.isfinite(loss) for loss in losses.seen)
+
+
 def test_optimizer_options_reach_the_groups():
     data = facts()
     model = build(
@@ -375,3 +382,11 @@ def test_evaluation_asks_for_no_expert_losses():
     model = build(MoELM, data)
     trainer(limit_val_batches=1.0).validate(model, datamodule=data, verbose=False)
     assert all(layer.take_losses() == {} for layer in model.transformer.experts.values())
+
+
+@pytest.mark.parametrize("experts", [MoEConfig(experts=3, layers=[1]), MoEConfig(experts=3)])
+def test_experts_where_memory_has_replaced_the_networks(experts):
+    memory = memory_config(layers=[1] if experts.layers else [0, 1])
+    with pytest.raises(ConfigError, match=r"model\.moe\.layers"):
+        build(MemoryLM, facts(), memory=memory, moe=experts)
+    build(MemoryLM, facts(), memory=memory_config(layers=[0, 1], mode="beside"), moe=experts)
