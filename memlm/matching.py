@@ -1,9 +1,9 @@
 """Baselines of a memory model: dense, mixture of experts and PEER models to compare it with.
 
 Memory Layers at Scale (arXiv 2412.09764), section 4.1: one base for all, and the sparse ones have at least as
-many parameters as the memory model, by the smallest step that their kind allows. With memory in the place of a
-few feed-forward networks FLOPs then differ little. With memory beside the networks, or in many blocks, they do
-not, and the width of the networks must make up for it: the counts of each baseline say how much.
+many parameters as the memory model, by the smallest step that their kind allows. With memory in the place of
+a few feed-forward networks FLOPs then differ little. With memory beside the networks, or in many blocks, they
+do not, and the width of the networks must make up for it: the counts of each baseline say how much.
 """
 
 from bisect import bisect_right

@@ -1,4 +1,5 @@
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -105,3 +106,17 @@ def test_completion_completes_verbs_and_options():
     assert complete("memlm", "co") == ["compare", "completion"]
     assert complete("memlm", "fit", "--ck") == ["--ckpt_path"]
     assert complete("memlm", "fit", "configs/") == []
+
+
+def test_waiting_threads_sleep_early_unless_the_environment_says_otherwise(monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    entry.main(["completion"])
+    assert os.environ.pop("GOMP_SPINCOUNT") == "20000"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    entry.main(["completion"])
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "5")
+    entry.main(["completion"])
+    assert os.environ["GOMP_SPINCOUNT"] == "5"
