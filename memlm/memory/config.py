@@ -75,7 +75,7 @@ class MemoryConfig(PlacementConfig):
         if self.reads > min(self.key_grid):
             raise ConfigError(
                 "model.memory.reads",
-                f"is {self.reads}, must be at most half_keys ({min(self.key_grid)} in the smaller set)",
+                f"is {self.reads}, must be at most half_keys ({min(self.key_grid)})",
             )
         key_dim = self.resolved_key_dim(dim)
         if key_dim < 2 or key_dim % 2:
