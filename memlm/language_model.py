@@ -1,6 +1,5 @@
 """The LightningModule that every architecture is: training, evaluation, optimisation, checkpoints."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -18,6 +17,7 @@ from memlm.memory import MemoryPlan, MemoryPool
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
 from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
 from memlm.pretrained import PretrainedConfig, is_memory
+from memlm.resume import flatten, plain
 from memlm.transformer import MoEConfig, Transformer, TransformerConfig
 
 Batch = dict[str, Any]
@@ -278,19 +278,13 @@ class LanguageModel(pl.LightningModule):
         saved = checkpoint.get("architecture")
         if saved is None:
             raise CheckpointError(where, "holds no architecture: it was not written by memlm")
-        for key, message in _differences(saved, self.architecture()):
-            raise CheckpointError(where, f"does not fit the model: {key} {message}")
+        theirs, ours = flatten(saved), flatten(self.architecture())
+        for key in dict.fromkeys([*theirs, *ours]):
+            if plain(theirs.get(key)) != plain(ours.get(key)):
+                raise CheckpointError(
+                    where,
+                    f"does not fit the model: {key} is {theirs.get(key)} in the checkpoint and "
+                    f"{ours.get(key)} in the model",
+                )
         self.tokens_seen = checkpoint["tokens_seen"]
         self._restored = True
-
-
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Keys in which two architectures differ, and how."""
-    found = []
-    for key in dict.fromkeys([*saved, *own]):
-        a, b = saved.get(key), own.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append((f"{prefix}{key}", f"is {a} in the checkpoint and {b} in the model"))
-    return found

@@ -23,7 +23,7 @@ _BYTES = (
 
 
 def table(models: list[dict[str, Any]]) -> str:
-    """The values of :func:`memlm.parameters.describe` as text, a column for each model."""
+    """The values of :func:`memlm.model_costs.describe` as text, a column for each model."""
     lines: list[list[str]] = [["", *(model["name"] for model in models)]]
 
     def row(name: str, value: Callable[[dict[str, Any]], Any], form: Callable[[Any], str] = _count) -> None:

@@ -119,7 +119,7 @@ def check_architecture(built: dict[str, Any], stored: dict[str, Any], path: Path
         ours_value, theirs_value = ours.get(key), theirs.get(key)
         if key == "class_path":
             ours_value, theirs_value = _class_name(str(ours_value)), _class_name(str(theirs_value))
-        if _plain(ours_value) != _plain(theirs_value):
+        if plain(ours_value) != plain(theirs_value):
             name = "data (its tokenizer sets model.vocab_size)" if key == "vocab_size" else f"model.{key}"
             raise _conflict(name, ours_value, theirs_value, path)
 
@@ -144,7 +144,7 @@ def _unset(stored: dict[str, Any], explicit: dict[str, Any], prefix: str, path: 
             result[key] = _unset(value, explicit[key], f"{prefix}.{key}", path)
         # An explicit null means "work it out", which the stored, worked-out value cannot contradict here:
         # check_architecture compares the results.
-        elif explicit[key] is not None and _plain(explicit[key]) != _plain(value):
+        elif explicit[key] is not None and plain(explicit[key]) != plain(value):
             raise _conflict(f"{prefix}.{key}", explicit[key], value, path)
     return result
 
@@ -157,11 +157,12 @@ def _conflict(key: str, ours: Any, theirs: Any, path: Path) -> ConfigError:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value with its tuples as lists, as YAML has them: the two do not differ."""
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value
 
 

@@ -298,6 +298,9 @@ def test_a_checkpoint_of_another_class_or_vocabulary_or_program_is_refused():
     other = MemoryLM(data.vocab_size + 1, TINY, memory_config())
     with pytest.raises(CheckpointError, match=f"vocab_size is {data.vocab_size + 1} .* {data.vocab_size} in"):
         model.on_load_checkpoint(checkpoint_of(other))
+    grid = build(MemoryLM, data, memory=memory_config(half_keys=(8, 9)))
+    grid.trainer = trainer()
+    grid.on_load_checkpoint(checkpoint_of(build(MemoryLM, data, memory=memory_config(half_keys=[8, 9]))))
     with pytest.raises(CheckpointError, match="no architecture"):
         model.on_load_checkpoint({"state_dict": {}})
 
