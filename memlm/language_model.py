@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
@@ -78,6 +79,11 @@ class LanguageModel(pl.LightningModule):
     def pools(self) -> dict[str, MemoryPool]:
         """The model's pools by name; empty for a dense model."""
         return {name: cast(MemoryPool, pool) for name, pool in self.transformer.pools.items()}
+
+    @property
+    def trained(self) -> str:
+        """What has gradients: everything, or the memory."""
+        return "everything" if self._pretrained is None else self._pretrained.train
 
     def architecture(self) -> dict[str, Any]:
         """Everything that decides the parameters' names, shapes and types, as plain values."""
@@ -271,6 +277,7 @@ class LanguageModel(pl.LightningModule):
         """Store the architecture and the tokens seen."""
         checkpoint["architecture"] = self.architecture()
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["trained"] = self.trained
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture or vocabulary; restore the tokens seen."""
@@ -286,5 +293,12 @@ class LanguageModel(pl.LightningModule):
                     f"does not fit the model: {key} is {theirs.get(key)} in the checkpoint and "
                     f"{ours.get(key)} in the model",
                 )
+        trained = checkpoint.get("trained", "everything")
+        if self.trainer.state.fn == TrainerFn.FITTING and trained != self.trained:
+            raise CheckpointError(
+                where,
+                f"was written with model.pretrained.train: {trained}, which is {self.trained} now; its "
+                "optimizer state is of other parameters. Set it back",
+            )
         self.tokens_seen = checkpoint["tokens_seen"]
         self._restored = True

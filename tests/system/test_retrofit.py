@@ -103,6 +103,15 @@ def test_training_moves_the_memory_alone_and_goes_on_without_the_folder(llama):
     assert not torch.equal(again["pools.main.values"], trained["pools.main.values"])
 
 
+def test_a_run_goes_on_with_what_it_trained(llama, capsys):
+    assert fit() == 0
+    capsys.readouterr()
+    command = ["fit", "--config", "runs/two/config.yaml", "--ckpt_path", "last", "--trainer.max_steps", "4"]
+    assert main([*command, "--model.pretrained.train", "everything"]) == 2
+    error = capsys.readouterr().err
+    assert "last.ckpt: was written with model.pretrained.train: memory, which is everything now" in error
+
+
 def test_everything_can_be_trained(llama):
     assert fit("--model.pretrained.train", "everything") == 0
     assert not torch.equal(weights()["embedding.weight"], llama.state_dict()["model.embed_tokens.weight"])
