@@ -5,7 +5,9 @@ its class path.
 """
 
 from data_modules.base import LanguageDataModule
+from data_modules.fact_questions import FactQuestions
+from data_modules.packed_tokens import PackedTokens
 from data_modules.synthetic_facts import SyntheticFacts
 from data_modules.text_stream import TextStream
 
-__all__ = ["LanguageDataModule", "SyntheticFacts", "TextStream"]
+__all__ = ["FactQuestions", "LanguageDataModule", "PackedTokens", "SyntheticFacts", "TextStream"]

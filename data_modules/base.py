@@ -1,36 +1,53 @@
 """What every language data module does: an endless training stream with one position, and its resumption."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from memlm.errors import CheckpointError, ConfigError, DataError
 from memlm.tokenizers import Tokenizer
 
-Cursor = int | dict[str, int]
+Cursor = int | dict[str, Any]
+"""A position in the data: plain integers and strings, nested as need be, which a checkpoint can hold."""
 Batch = dict[str, Any]
 
 
-class BatchSource(Protocol):
+class BatchSource(ABC):
     """Makes batches; a plain object without ties to a trainer, so that a worker process can hold it."""
 
-    def batches(self, cursor: Cursor, world: int, rank: int) -> Iterator[Batch]:
-        """Batches of one rank, from a position in the data on."""
+    @abstractmethod
+    def batches(
+        self, cursor: Cursor, world: int, rank: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[Batch]:
+        """Batches of one rank, from a position in the data on.
+
+        Args:
+            cursor: The position.
+            world: Number of ranks.
+            rank: Which of them this is.
+            worker: Which of this rank's loader processes this is.
+            workers: Their number. Each gives its share of the rank's batches, in the form that `join` takes.
+        """
+
+    def join(self, items: Iterator[Batch], workers: int) -> Iterator[Batch]:
+        """The rank's batches, of what its workers give in turn (worker 0, 1, ..., 0, 1, ...).
+
+        By default these are the batches themselves: worker w gives the batches w, w + workers, and so on.
+        """
+        return items
 
 
 @dataclass
 class _Failure:
-    """A DataError on its way out of a worker process, which would otherwise wrap it into a traceback."""
+    """An error on its way out of a worker process, where raising it would wrap it into a traceback."""
 
-    path: str
-    message: str
-    line: int | None
+    error: DataError
 
 
 class _Stream(IterableDataset):
@@ -39,18 +56,25 @@ class _Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         try:
-            yield from self.source.batches(self.cursor, self.world, self.rank)
+            info = get_worker_info()
+            worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+            yield from self.source.batches(self.cursor, self.world, self.rank, worker, workers)
         except DataError as error:
-            place = f"{error.path}:{error.line}: " if error.line is not None else f"{error.path}: "
-            yield _Failure(error.path, str(error).removeprefix(place), error.line)
+            yield _Failure(error)
 
 
 class _Loader(DataLoader):
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
-            if isinstance(batch, _Failure):
-                raise DataError(batch.path, batch.message, batch.line)
-            yield batch
+        stream = self.dataset
+        assert isinstance(stream, _Stream)
+        return stream.source.join(_checked(super().__iter__()), max(self.num_workers, 1))
+
+
+def _checked(items: Iterator[Batch | _Failure]) -> Iterator[Batch]:
+    for item in items:
+        if isinstance(item, _Failure):
+            raise item.error
+        yield item
 
 
 def _as_is(batch: Any) -> Any:
@@ -75,25 +99,23 @@ class LanguageDataModule(LightningDataModule):
     each rank takes every ``world_size``-th row. So a run resumes exactly, also on another number of ranks.
     Evaluation streams end; every rank gets equally many rows, by rows of padding at the end if need be.
 
-    Subclasses implement `start`, `fingerprint`, `training_source` and `evaluation_source`.
+    Subclasses implement `start`, `fingerprint`, `training_source` and `evaluation_sources`.
 
     Args:
         tokenizer: The tokenizer of all texts.
         sequence_length: Tokens in a training row (T).
         batch_size: Sequences per step on each device (B).
-        num_workers: Processes that prepare training batches ahead: 0 (prepare between steps) or 1.
+        num_workers: Processes that prepare training batches ahead; 0 prepares them between steps.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, sequence_length: int, batch_size: int, num_workers: int = 0
     ) -> None:
         super().__init__()
-        for key, value in {"sequence_length": sequence_length, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ConfigError(f"data.{key}", f"is {value}; expected at least 1")
-        if num_workers not in (0, 1):
-            # A second worker would read the same files again only to throw half of the rows away.
-            raise ConfigError("data.num_workers", f"is {num_workers}; expected 0 or 1")
+        least = {"sequence_length": (sequence_length, 1), "batch_size": (batch_size, 1)}
+        for key, (value, low) in (least | {"num_workers": (num_workers, 0)}).items():
+            if value < low:
+                raise ConfigError(f"data.{key}", f"is {value}; expected at least {low}")
         self.tokenizer = tokenizer
         self.sequence_length = sequence_length
         self.batch_size = batch_size
@@ -114,8 +136,12 @@ class LanguageDataModule(LightningDataModule):
         """The source of endless training batches."""
 
     @abstractmethod
-    def evaluation_source(self, test: bool) -> BatchSource | None:
-        """The source of one pass over the evaluation data (cursor ignored), or None where there is none."""
+    def evaluation_sources(self, test: bool) -> dict[str, BatchSource]:
+        """One pass over each set of evaluation data (cursor ignored), by name; empty where there is none.
+
+        The loss is measured over all sets, and if there are several, also of each by its name. A set that
+        needs no name is called ``all``.
+        """
 
     @property
     def vocab_size(self) -> int:
@@ -133,20 +159,18 @@ class LanguageDataModule(LightningDataModule):
             self._training_stream, batch_size=None, num_workers=self.num_workers, collate_fn=_as_is
         )
 
-    def _evaluation_dataloader(self, test: bool) -> DataLoader | list:
-        source = self.evaluation_source(test)
-        if source is None:
-            return []
-        return _Loader(_Stream(source, self.start(), *self.world), batch_size=None, collate_fn=_as_is)
+    def _evaluation_dataloaders(self, test: bool) -> list[DataLoader]:
+        streams = [_Stream(s, self.start(), *self.world) for s in self.evaluation_sources(test).values()]
+        return [_Loader(stream, batch_size=None, collate_fn=_as_is) for stream in streams]
 
-    def val_dataloader(self) -> DataLoader | list:
-        return self._evaluation_dataloader(test=False)
+    def val_dataloader(self) -> list[DataLoader]:
+        return self._evaluation_dataloaders(test=False)
 
-    def test_dataloader(self) -> DataLoader | list:
-        return self._evaluation_dataloader(test=True)
+    def test_dataloader(self) -> list[DataLoader]:
+        return self._evaluation_dataloaders(test=True)
 
-    def predict_dataloader(self) -> DataLoader | list:
-        return self._evaluation_dataloader(test=True)
+    def predict_dataloader(self) -> list[DataLoader]:
+        return self._evaluation_dataloaders(test=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Move the cursor past a batch that is about to be trained, whatever else was prepared ahead."""

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_modules.base import Batch, Cursor
+from data_modules.base import Batch, BatchSource, Cursor
 from data_modules.facts import NOTHING, Facts
 from data_modules.hashed_random import draw, hashed, permutation
 from data_modules.packing import Packing, as_batch
 from memlm.metrics import IGNORED
 
 
-class Biographies:
+class Biographies(BatchSource):
     """Training batches of `SyntheticFacts`: an endless sequence of biographies, numbered from 0.
 
     With packing ``documents`` the cursor is the number of rows, i.e. of documents, given so far. With
@@ -61,8 +61,10 @@ class Biographies:
             self._order = (epoch, self.occurrences[order])
         return self._order[1][index]
 
-    def batches(self, cursor: Cursor, world: int, rank: int) -> Iterator[Batch]:
-        assert isinstance(cursor, int)
+    def batches(
+        self, cursor: Cursor, world: int, rank: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[Batch]:
+        assert isinstance(cursor, int) and workers == 1  # made faster than a worker could hand them over
         while True:
             if self.packing == "documents":
                 rows, lengths, cursor = self._separate_rows(cursor, world, rank)
@@ -105,7 +107,7 @@ class Biographies:
         return rows, np.full(self.batch_size, self.length), after
 
 
-class Prompts:
+class Prompts(BatchSource):
     """Evaluation batches of `SyntheticFacts`: a name and one clause in each row, the groups evenly mixed."""
 
     def __init__(
@@ -130,7 +132,9 @@ class Prompts:
         order = permutation(people * self.facts.attributes, self.facts.seed, 13, first)
         return first * self.facts.attributes + order[:count]
 
-    def batches(self, cursor: Cursor, world: int, rank: int) -> Iterator[Batch]:
+    def batches(
+        self, cursor: Cursor, world: int, rank: int, worker: int = 0, workers: int = 1
+    ) -> Iterator[Batch]:
         padding = -len(self.table) % world
         table = np.concatenate([self.table, np.tile([[0, 0, 0, -1]], (padding, 1))])[rank::world]
         eos = self.facts.tokenizer.eos_id

@@ -1,81 +1,202 @@
-"""Documents out of files: JSON lines or plain text, as they are or compressed by gzip or zstandard.
+"""Documents out of files: JSON lines, parquet or plain text, compressed by gzip or zstandard or not.
 
 The suffixes of a name are peeled off from the right: ``.gz``, ``.zst`` and ``.zstd`` say how a file is
-compressed; then ``.jsonl``, ``.ndjson`` and ``.json`` mean one JSON object on each line, and anything else is
-UTF-8 text: one document, or several with a separator between them.
+compressed; then ``.jsonl``, ``.ndjson`` and ``.json`` mean one JSON object on each line, ``.parquet`` means a
+table with a column of texts (it is compressed within, so nothing follows this suffix; needs pyarrow), and
+anything else is UTF-8 text: one document, or several with a separator between them.
 
-A *record* is a line of JSON, or a document of a text file. What is wrong with one record is given as a
-value, so that a caller may skip it; what is wrong with a file (it is missing, cannot be decompressed or ends
-too early) is always raised, since nobody knows how much was lost.
+A *record* is a line of JSON, a row of a table, or a document of a text file. What is wrong with one record is
+given as a value, so that a caller may skip it; what is wrong with a file (it is missing, cannot be
+decompressed or ends too early) is always raised, after the records before the fault, since nobody knows how
+much was lost. An empty document is a record like others: what it means is the caller's to say.
+
+A *piece* is a part of a file that can be read alone: a range of bytes of an uncompressed file of JSON lines,
+a range of row groups of a parquet file. Every record is in exactly one piece. Memory depends on the longest
+record, not on the file; only a text file is read whole.
 """
 
+import functools
 import glob
-import gzip
-import json
+import hashlib
+import itertools
 import os
-import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
+from data_modules.file_bytes import (
+    COMPRESSED,
+    Progress,
+    contents,
+    file_errors,
+    file_size,
+    newlines_before,
+    range_contents,
+)
+from data_modules.json_lines import Record, read_json_lines
+from data_modules.parquet import read_rows, row_group_bytes, rows_before
 from memlm.errors import DataError
 
 JSON_LINES = {".jsonl", ".ndjson", ".json"}
-COMPRESSED = {".gz", ".zst", ".zstd"}
-CHUNK = 1 << 20
-"""Bytes read at a time."""
+PARQUET = ".parquet"
+KNOWN = "*.jsonl, *.ndjson, *.json, *.txt (or these with .gz, .zst, .zstd) or *.parquet"
 
-Record = tuple[int, str | DataError | None]
-"""A record's number in its file, from 0, and its text, or what is wrong with it, or None for a blank line."""
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a file that can be read alone.
+
+    Args:
+        path: The file.
+        start: Its first byte in a file of JSON lines, its first row group in a parquet file, else 0.
+        stop: The byte or row group behind its last one; None for the end of the file.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
 
 
 def find_files(patterns: list[str], key: str) -> list[Path]:
-    """The files that paths and glob patterns name, sorted and each once.
+    """The files that paths, glob patterns and directories name, sorted and each once.
 
     Args:
-        patterns: Paths, or patterns with ``*``, ``?``, ``[...]`` and ``**`` (any number of directories).
+        patterns: Paths; patterns with ``*``, ``?``, ``[...]`` and ``**`` (any number of directories); or
+            directories, which stand for all files below them with a known suffix (``.jsonl``, ``.ndjson``,
+            ``.json`` and ``.txt``, compressed or not, and ``.parquet``) except hidden ones.
         key: The YAML key they came from, for messages.
 
     Raises:
-        DataError: A pattern names no file.
+        DataError: A pattern or directory has no file, or a directory cannot be read.
     """
     files: set[Path] = set()
     for pattern in patterns:
         path = Path(pattern).expanduser()
-        if path.is_dir():
-            raise DataError(
-                pattern, f"{key}: is a directory; name its files, e.g. '{path / '**' / '*.jsonl'}'"
-            )
-        found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-        matches = {file for file in found if not file.is_dir()}
+        with file_errors(path):
+            if path.is_dir():
+                matches, fault = set(_files_below(path)), f"is a directory without a file named {KNOWN}"
+            else:
+                found = [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+                matches, fault = {file for file in found if not file.is_dir()}, "matches no file"
         if not matches:
-            raise DataError(pattern, f"{key}: matches no file")
+            raise DataError(pattern, f"{key}: {fault}")
         files |= matches
     if not files:
         raise DataError("[]", f"{key}: names no file")
     return sorted(files)
 
 
-def read_records(path: Path, text_key: str, start: int = 0, separator: str | None = None) -> Iterator[Record]:
-    """The records of a file in their order. A text file is read into memory whole.
+def read_records(
+    path: Path,
+    text_key: str,
+    start: int = 0,
+    separator: str | None = None,
+    every: int = 1,
+    offset: int = 0,
+) -> Iterator[Record]:
+    """The records of a file, or a regular share of them, in their order.
 
     Args:
         path: The file.
-        text_key: Where a JSON object holds its text.
-        separator: What stands between the documents of a text file; None if it is one document.
+        text_key: Where a JSON object holds its text, or the column of a table.
         start: Number of the first record wanted. Those before are read past without being parsed.
+        separator: What stands between the documents of a text file; None if it is one document.
+        every: Only each ``every``-th record is parsed and given: those whose number leaves ``offset`` when
+            divided by it.
+        offset: 0 .. every - 1.
 
     Raises:
         DataError: The file cannot be read to its end.
     """
-    if _content_suffix(path) not in JSON_LINES:
-        text = _decode(b"".join(_chunks(path)), path)
-        parts = text.split(separator) if separator is not None and isinstance(text, str) else [text]
-        yield from list(enumerate(parts))[start:]
-        return
-    for number, line in enumerate(_lines(path)):
-        if number >= start:
-            yield number, _parse(line, text_key, path, number + 1)
+    first, kind = start + (offset - start) % every, _content_suffix(path)
+    if kind in JSON_LINES:
+        yield from read_json_lines(contents(path), path, text_key, first, every, lambda number: number + 1)
+    elif kind == PARQUET:
+        yield from read_rows(path, text_key, first, every)
+    else:
+        yield from _text_records(path, separator, first, every, None)
+
+
+def split_file(path: Path, size: int) -> list[Piece]:
+    """A file's pieces in order, at least one: of ``size`` bytes or a little less where its format allows.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    if _is_range(path):
+        whole = file_size(path)
+        count = max(-(-whole // size), 1)
+        bounds = [i * whole // count for i in range(count + 1)]
+    elif _content_suffix(path) == PARQUET:
+        bounds, held = [0], 0
+        sizes = row_group_bytes(path)
+        for group, more in enumerate(sizes):
+            if held and held + more > size:
+                bounds.append(group)
+                held = 0
+            held += more
+        bounds.append(len(sizes))
+    else:
+        return [Piece(path)]
+    return [Piece(path, start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def read_piece(
+    piece: Piece, text_key: str, separator: str | None = None, progress: Progress | None = None
+) -> Iterator[Record]:
+    """The records of a piece, numbered from 0 within it. Errors name the line of the file.
+
+    Args:
+        piece: The part of a file. A line of JSON belongs to the piece in which its first byte lies.
+        text_key: Where a JSON object holds its text, or the column of a table.
+        separator: What stands between the documents of a text file; None if it is one document.
+        progress: Told now and then how many more bytes of the file were consumed; ``piece_bytes`` in all.
+
+    Raises:
+        DataError: The piece cannot be read to its end.
+    """
+    path, kind = piece.path, _content_suffix(piece.path)
+    if kind in JSON_LINES:
+        if piece.start == 0 and piece.stop is None:
+            chunks = contents(path, progress)
+        else:
+            stop = file_size(path) if piece.stop is None else piece.stop
+            chunks = range_contents(path, piece.start, stop, progress)
+
+        first_line = functools.cache(_first_line)  # asked for only by messages
+        yield from read_json_lines(chunks, path, text_key, 0, 1, lambda number: first_line(piece) + number)
+    elif kind == PARQUET:
+        yield from read_rows(path, text_key, groups=(piece.start, piece.stop), progress=progress)
+    else:
+        yield from _text_records(path, separator, 0, 1, progress)
+
+
+def record_error(piece: Piece, number: int, message: str) -> DataError:
+    """What a caller finds wrong with a record, with its place in the file.
+
+    Args:
+        piece: The piece that it is in; ``Piece(path)`` for a record of ``read_records``.
+        number: The record's number.
+        message: What was found and what was expected, e.g. ``is an empty document``.
+    """
+    kind = _content_suffix(piece.path)
+    if kind in JSON_LINES:
+        return DataError(piece.path, message, _first_line(piece) + number)
+    if kind == PARQUET:
+        number += rows_before(piece.path, piece.start)
+        return DataError(piece.path, f"row {number} (from 0) {message}")
+    return DataError(piece.path, f"document {number} (from 0) {message}")
+
+
+def piece_bytes(piece: Piece) -> int:
+    """Bytes of the file, as it lies on the disk, that a piece covers; those of its pieces add up to it.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    if _content_suffix(piece.path) == PARQUET and (piece.start or piece.stop is not None):
+        return sum(row_group_bytes(piece.path)[piece.start : piece.stop])
+    return (file_size(piece.path) if piece.stop is None else piece.stop) - piece.start
 
 
 def read_documents(files: list[Path], text_key: str) -> Iterator[str]:
@@ -92,125 +213,71 @@ def read_documents(files: list[Path], text_key: str) -> Iterator[str]:
                 yield text
 
 
+def is_held_out(text: str, fraction: float, seed: int) -> bool:
+    """Whether a document is one of those held out from training.
+
+    The choice depends on the text alone, so that copies of it are on the same side wherever they lie.
+
+    Args:
+        text: The document.
+        fraction: Share of different documents to hold out, 0 .. 1.
+        seed: Makes another choice.
+    """
+    if fraction == 0:
+        return False
+    digest = hashlib.blake2b(f"{seed}:{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
+
+
 def _content_suffix(path: Path) -> str:
     name = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     return name.suffix.lower()
 
 
-def _parse(line: bytes, text_key: str, path: Path, number: int) -> str | DataError | None:
-    if not line.strip():
-        return None
+def _first_line(piece: Piece) -> int:
+    # The newline that ends the line before is at start - 1 or later.
+    return newlines_before(piece.path, piece.start - 1) + 2 if piece.start else 1
+
+
+def _is_range(path: Path) -> bool:
+    return path.suffix.lower() in JSON_LINES
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    def fail(error: OSError) -> None:
+        raise DataError(error.filename or folder, f"cannot be read ({error.strerror})") from None
+
+    # Links to directories are followed: data sets are often spread over disks by them.
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        status = os.stat(here)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = Path(here, name)
+            known = _content_suffix(path) in JSON_LINES | {".txt"} or path.suffix.lower() == PARQUET
+            if known and not name.startswith("."):
+                yield path
+
+
+def _text_records(
+    path: Path, separator: str | None, first: int, every: int, progress: Progress | None
+) -> Iterator[Record]:
+    if separator is None and first > 0:
+        return  # the only record is not wanted
+    content = b"".join(contents(path, progress))
     try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return DataError(
-            path, f"is not valid UTF-8 ({error.reason} at byte {error.start} of the line)", number
-        )
-    except (ValueError, RecursionError) as error:
-        # Not str(error), whose "line 1" is that within the line.
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        return DataError(path, f"is not valid JSON ({reason}); expected one JSON object on each line", number)
-    if not isinstance(record, dict):
-        return DataError(
-            path, f"holds a JSON {_name(record)}; expected an object with key {text_key!r}", number
-        )
-    if text_key not in record:
-        keys = ", ".join(map(repr, list(record)[:8])) or "no keys"
-        return DataError(path, f"has no key {text_key!r} (data.text_key); it has {keys}", number)
-    text = record[text_key]
-    if not isinstance(text, str):
-        return DataError(path, f"{text_key!r} is a {_name(text)}; expected a string (data.text_key)", number)
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            return DataError(path, f"{text_key!r} holds half a surrogate pair, which is no text", number)
-    return text
-
-
-def _name(value: object) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
-
-
-def _decode(content: bytes, path: Path) -> str | DataError:
-    try:
-        return content.decode()
+        text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        return DataError(path, f"is not valid UTF-8 text ({error.reason} at byte {error.start})", line)
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines without their ends. What goes wrong on the way names the line that could not be read."""
-    number, rest = 1, [b""]
-    try:
-        for chunk in _chunks(path):
-            head, *tail = chunk.split(b"\n")
-            rest.append(head)
-            for line in tail:
-                yield b"".join(rest)
-                number += 1
-                rest = [line]
-    except DataError as error:
-        if error.line is None:
-            raise DataError(path, str(error).removeprefix(f"{path}: "), number) from None
-        raise
-    if any(rest):
-        yield b"".join(rest)
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The decompressed content of a file, without a byte order mark."""
-    suffix = path.suffix.lower()
-    try:
-        with open(path, "rb") as file:
-            if suffix in COMPRESSED and os.fstat(file.fileno()).st_size == 0:
-                raise EOFError
-            if suffix == ".gz":
-                chunks = _gzip_chunks(file)
-            elif suffix in COMPRESSED:
-                chunks = _zstd_chunks(file)
-            else:
-                chunks = iter(lambda: file.read(CHUNK), b"")
-            first = next(chunks, b"")
-            yield first.removeprefix(b"\xef\xbb\xbf")
-            yield from chunks
-    except EOFError:
-        raise DataError(path, f"is truncated: the {suffix} stream ends before its end mark") from None
-    except (gzip.BadGzipFile, zlib.error, _ZstdError) as error:
-        raise DataError(path, f"cannot be decompressed as {suffix} ({error})") from None
-    except FileNotFoundError:
-        raise DataError(path, "no such file") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
-
-
-def _gzip_chunks(file: BinaryIO) -> Iterator[bytes]:
-    with gzip.open(file) as content:
-        yield from iter(lambda: content.read1(CHUNK), b"")  # raises EOFError if cut off, after all before it
-
-
-class _ZstdError(Exception):
-    """What zstandard.ZstdError says; that package is imported only where a file needs it."""
-
-
-def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
-    """Frames one after the other. (zstandard's own stream reader ends silently where a file is cut off.)"""
-    import zstandard
-
-    frame = None
-    while data := file.read(CHUNK // 16):
-        while data:
-            frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-            try:
-                content = frame.decompress(data)
-            except zstandard.ZstdError as error:
-                raise _ZstdError(error) from None
-            if content:
-                yield content
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame = None
-    if frame is not None:
-        raise EOFError
+        message = f"is not valid UTF-8 text ({error.reason} at byte {error.start})"
+        if first == 0:
+            yield 0, DataError(path, message, line)
+        return
+    documents: list[str | None] = [text] if separator is None else [*text.split(separator)]
+    if len(documents) > 1 and not text.rsplit(separator, 1)[1].strip():
+        documents[-1] = None  # a separator may end the last document, too
+    yield from zip(range(first, len(documents), every), documents[first::every], strict=True)

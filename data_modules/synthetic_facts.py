@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from data_modules.base import LanguageDataModule
+from data_modules.base import BatchSource, LanguageDataModule
 from data_modules.biographies import Biographies, Prompts
 from data_modules.facts import Facts
 from data_modules.packing import Packing
@@ -183,9 +183,9 @@ class SyntheticFacts(LanguageDataModule):
             self.confine_attention,
         )
 
-    def evaluation_source(self, test: bool) -> Prompts:
+    def evaluation_sources(self, test: bool) -> dict[str, BatchSource]:
         length = self.facts.name_words + int(self.facts.clause_lengths.max())
-        return Prompts(
+        prompts = Prompts(
             self.facts,
             self.test_facts if test else self.evaluation_facts,
             length,
@@ -193,3 +193,4 @@ class SyntheticFacts(LanguageDataModule):
             self.loss_on == "answers",
             self.confine_attention,
         )
+        return {"all": prompts}

@@ -36,9 +36,11 @@ VERBS = (
     ),
     Verb(
         "tokenizer",
-        "train a byte-level BPE tokenizer on text files",
+        "train a byte-level BPE tokenizer on text files, or show a tokenizer",
         "data_modules.tokenizer_training:main",
     ),
+    Verb("prepare", "turn text files into shards of tokens", "data_modules.prepared.verb:prepare_main"),
+    Verb("verify", "check the shards of a prepared folder", "data_modules.prepared.verb:verify_main"),
     Verb(
         "completion",
         'print a bash completion script: eval "$(memlm completion)"',

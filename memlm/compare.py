@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ class Run:
         return rows[-1] if rows else {}
 
     def measures(self, on_test: bool) -> dict[str, Any]:
-        """Values of MEASURES; None where the run does not tell."""
+        """Values of MEASURES, None where the run does not tell, and of each evaluation set by its name."""
         tokens = self.environment.get("tokens") or self._last("train/tokens")
         seconds = self.environment.get("train_seconds") or self._last("train/seconds")
         speed = tokens / seconds if tokens and seconds else self._last("train/tokens_per_second")
@@ -92,6 +93,8 @@ class Run:
             "tokens_per_second": speed,
             "train_seconds": seconds,
             **{prefix + key: source.get(prefix + key) for key in _QUALITIES},
+            # Of several sets of evaluation data each has its own.
+            **{key: value for key, value in source.items() if re.fullmatch(f"{prefix}.+/bits_per_byte", key)},
         }
 
     def measured(self, on_test: bool) -> str:
@@ -132,7 +135,7 @@ def compare(directories: list[str]) -> dict[str, Any]:
 
     Returns:
         ``measured_on`` (test or validation), ``warnings``, and ``runs``: for each its directory,
-        ``measured``, and the values of MEASURES.
+        ``measured``, the values of MEASURES, and bits per byte of every evaluation set if there are several.
 
     Raises:
         DataError: if one of them is not a run directory.
@@ -159,6 +162,10 @@ def table(comparison: dict[str, Any]) -> str:
         values = [run[prefix + measure.key if is_quality else measure.key] for run in runs]
         shown = ["-" if value is None else measure.form(value) for value in values]
         lines.append([prefix + measure.name if is_quality else measure.name, *shown])
+    for key in dict.fromkeys(key for run in runs for key in run if key.endswith("/bits_per_byte")):
+        if key.count("/") > 1:
+            values = [run.get(key) for run in runs]
+            lines.append([key, *("-" if value is None else f"{value:.4f}" for value in values)])
     lines.append(["measured on", *(run["measured"] for run in runs)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(runs) + 1)]
     lines.insert(1, ["-" * width for width in widths])

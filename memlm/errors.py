@@ -1,10 +1,22 @@
 """Errors that a user can mend: the command line prints them as one line, without a traceback."""
 
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
     """Base of all errors caused by a config, a data set, a checkpoint or a command line."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not by calling the class with the finished message alone, as exceptions are otherwise unpickled:
+        # these come out of worker processes.
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(cls: type[UserError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> UserError:
+    error = cls.__new__(cls, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class ConfigError(UserError):
@@ -31,8 +43,13 @@ class DataError(UserError):
 
     def __init__(self, path: str | Path, message: str, line: int | None = None) -> None:
         self.path = str(path)
+        self.message = message
         self.line = line
         super().__init__(f"{path}:{line}: {message}" if line is not None else f"{path}: {message}")
+
+    def with_hint(self, hint: str) -> "DataError":
+        """The same error with more to its message: what the user can do about it."""
+        return DataError(self.path, f"{self.message}; {hint}", self.line)
 
 
 class CheckpointError(UserError):

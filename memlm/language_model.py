@@ -112,9 +112,11 @@ class LanguageModel(pl.LightningModule):
         device = self.trainer.strategy.root_device
         for pool in self.pools.values():
             select(device, pool.gradient.kernels)  # raises now, not in the first step
-        for name in ("val", "test"):
-            self.losses[name] = TokenLoss(token_bytes).to(device)
-            self.recalls[name] = FactRecall().to(device)
+        evaluated = {"fit": "val", "validate": "val", "test": "test"}.get(stage)
+        if evaluated is not None:
+            sets = list(data.evaluation_sources(evaluated == "test")) if data is not None else ["all"]
+            self.losses[evaluated] = TokenLoss(token_bytes, sets).to(device)
+            self.recalls[evaluated] = FactRecall().to(device)
         if self._compile:
             self.transformer.compile()
 
@@ -213,17 +215,17 @@ class LanguageModel(pl.LightningModule):
 
     # -- evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the validation metrics."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the test metrics."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", dataloader_idx)
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
+    def _evaluate(self, batch: Batch, stage: str, index: int) -> None:
         logits = self(batch["tokens"], batch.get("documents"))
-        self.losses[stage].update(logits, batch["targets"])
+        self.losses[stage].update(logits, batch["targets"], index)
         if "answers" in batch:
             self.recalls[stage].update(logits, batch["answers"], batch["group"])
 
@@ -246,7 +248,7 @@ class LanguageModel(pl.LightningModule):
         if stage == "val":
             self.log("train/tokens", float(self.tokens_seen))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """For every question of an evaluation batch: the prompt, the right answer and the greedy one."""
         if "answers" not in batch:
             raise ConfigError("data", "has no questions to predict answers for; memlm predict needs facts")

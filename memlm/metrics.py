@@ -1,6 +1,7 @@
 """What is measured of a language model: loss, perplexity, bits per byte, factual recall."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,13 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class TokenLoss(Metric):
     """Loss per token (nats), perplexity, and bits per UTF-8 byte of the counted targets.
 
-    Bits per byte, ``nats / ln 2 / bytes``, compares models across tokenizers.
+    Bits per byte, ``nats / ln 2 / bytes``, compares models across tokenizers. Of several sets of data each has
+    its own figures, and there are those of all their tokens together.
 
     Args:
         token_bytes: ``[vocab]`` bytes of text that each token stands for; None if unknown, then no
             bits per byte are reported.
+        sets: Names of the sets.
     """
 
     full_state_update = False
@@ -41,29 +44,47 @@ class TokenLoss(Metric):
     tokens: Tensor
     bytes: Tensor
 
-    def __init__(self, token_bytes: Tensor | None = None) -> None:
+    def __init__(self, token_bytes: Tensor | None = None, sets: Sequence[str] = ("all",)) -> None:
         super().__init__()
         self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.sets = tuple(sets)
         for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(len(sets), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Add a batch: logits ``[B, T, vocab]``, targets ``[B, T]`` with -100 where not counted."""
+    def update(self, logits: Tensor, targets: Tensor, index: int = 0) -> None:
+        """Add a batch.
+
+        Args:
+            logits: ``[B, T, vocab]``.
+            targets: ``[B, T]`` int64, -100 where not counted.
+            index: Which of the sets the batch is of.
+        """
         counted = targets != IGNORED
-        self.nats += summed_loss(logits, targets).double()
-        self.tokens += counted.sum()
+        self.nats[index] += summed_loss(logits, targets).double()
+        self.tokens[index] += counted.sum()
         if self.token_bytes is not None:
-            self.bytes += self.token_bytes[targets.clamp(min=0)].mul(counted).sum()
+            self.bytes[index] += self.token_bytes[targets.clamp(min=0)].mul(counted).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """Empty if no target was counted."""
-        if not self.tokens:
-            return {}
-        loss = self.nats / self.tokens
-        result = {"loss": loss.float(), "perplexity": loss.exp().float()}
-        if self.bytes:
-            result["bits_per_byte"] = (self.nats / math.log(2) / self.bytes).float()
+        """``loss`` and so on over all sets, and if there are several also ``NAME/loss`` and so on.
+
+        What has no counted target is left out.
+        """
+        result = self._figures(self.nats.sum(), self.tokens.sum(), self.bytes.sum())
+        if len(self.sets) > 1:
+            for name, *sums in zip(self.sets, self.nats, self.tokens, self.bytes, strict=True):
+                result |= {f"{name}/{key}": value for key, value in self._figures(*sums).items()}
         return result
+
+    @staticmethod
+    def _figures(nats: Tensor, tokens: Tensor, size: Tensor) -> dict[str, Tensor]:
+        if not tokens:
+            return {}
+        loss = nats / tokens
+        figures = {"loss": loss.float(), "perplexity": loss.exp().float()}
+        if size:
+            figures["bits_per_byte"] = (nats / math.log(2) / size).float()
+        return figures
 
 
 class FactRecall(Metric):

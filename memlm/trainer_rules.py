@@ -83,7 +83,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning 2.6 on torch 2.13
     # These are reduced over all ranks before they are logged.
-    reduced = r"(val|test)/(loss|perplexity|bits_per_byte|recall\w*)|train/tokens"
+    reduced = r"(val|test)/(.*/)?(loss|perplexity|bits_per_byte|recall\w*)|train/tokens"
     warnings.filterwarnings("ignore", message=rf".*self\.log\('({reduced})'.*sync_dist=True")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
 

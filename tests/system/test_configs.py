@@ -1,6 +1,7 @@
 """Every YAML that is shipped builds, trains and prints itself."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -28,17 +29,27 @@ def name(file: Path) -> str:
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
-    """What makes a command of a file: the file, a base where it is an overlay, and text where it has none."""
+    """What makes a command of a file: the file, a base where it is an overlay, and data where it has none."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MEMLM_TRACEBACK", raising=False)
 
     def words(file: Path) -> list[str]:
         files = [file] if "model" in content(file) else [BASE, file]
         command = [word for path in files for word in ("--config", str(path))]
-        if content(files[0])["data"]["class_path"] == "TextStream":
+        data = content(files[0])["data"]["class_path"]
+        if data in ("TextStream", "PackedTokens"):
             lines = [json.dumps({"text": text}) for text in topics.values()]
             (tmp_path / "topics.jsonl").write_text("\n".join(lines))
+        if data == "TextStream":
             command.append('--data.paths=["topics.jsonl"]')
+        elif data == "PackedTokens":
+            prepare = ["prepare", '--paths=["topics.jsonl"]', "--tokenizer", "bytes", "--output", "topics"]
+            assert main([*prepare, "--validation_fraction", "0.1"]) == 0
+            command.append("--data.folders=topics")
+        elif data == "FactQuestions" and find_spec("airportsdata") is None:
+            facts = [{"question": f"Q{i}", "answer": f"A{i * 7 % 50}"} for i in range(50)]
+            (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+            command.append("--data.facts=facts.jsonl")
         return command
 
     return words
@@ -69,7 +80,9 @@ def test_print_config_prints_a_config(arguments, file, capsys):
         assert done.value.code == 0
         return capsys.readouterr().out
 
-    first = printed(*arguments(file))
+    command = arguments(file)
+    capsys.readouterr()  # of preparing its data
+    first = printed(*command)
     Path("printed.yaml").write_text(first)
     assert yaml.safe_load(printed("--config", "printed.yaml")) == yaml.safe_load(first)
 
@@ -85,6 +98,13 @@ def test_the_dense_twin_differs_in_nothing_but_the_model(arguments):
         assert fit(arguments(CONFIGS / f"quickstart{suffix}.yaml"), "--run.root", f"runs{suffix}") == 0
         flops[suffix] = json.loads(Path(f"runs{suffix}/two/model.json").read_text())["flops_per_token"]
     assert flops["_dense"] == pytest.approx(flops[""], rel=0.01)
+
+
+def test_the_pretraining_config_asks_for_a_folder(arguments, capsys):
+    assert fit(["--config", str(CONFIGS / "pretrain.yaml")]) == 2
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "data/prepared: no such folder; expected one made by memlm prepare" in line
+    assert not Path("runs").exists()
 
 
 def test_the_text_config_asks_for_paths(arguments, capsys):

@@ -1,5 +1,6 @@
 """Every command of README.md runs as it is printed there."""
 
+import json
 import os
 import re
 import shlex
@@ -7,15 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import yaml
+import zstandard
 from readme_commands import Block, find_blocks, named_commands, split_commands
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
-PARSED = ("fit", "validate", "test", "predict", "tokenizer")
+PARSED = ("fit", "validate", "test", "predict", "tokenizer", "prepare")
 """Verbs that know --print_config, which checks all options and does nothing else."""
 
 MARKDOWN = """
@@ -148,3 +151,30 @@ def test_options_of_commands_that_cannot_run_here(clone):
                 (run / "config.yaml").write_text(printed)
             checked += 1
     assert checked
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_data_page(clone):
+    """On a small folder laid out like DCLM's, and with fewer steps than a run needs."""
+    texts = [topics[name] for name in sorted(topics)]
+    for number in range(4):
+        folder = clone / "dclm" / f"global-shard_{number % 2 + 1:02}_of_2" / "local-shard_0_of_1"
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"text": text, "url": f"u{i}"}) for i, text in enumerate(texts[number::4])]
+        compressed = zstandard.compress("\n".join(lines).encode())
+        (folder / f"shard_{number:08}_processed.jsonl.zst").write_bytes(compressed)
+    blocks = find_blocks((ROOT / "docs" / "data.md").read_text(encoding="utf-8"))
+    [commands] = [block.commands for block in blocks if not block.kind]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "tokenizer",
+        "prepare",
+        "verify",
+        "fit",
+        "test",
+    ]
+    for command in commands:
+        if shlex.split(command)[1] == "fit":
+            command += " --trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.limit_val_batches 2"
+        bash(command, clone)
+    measured = json.loads((clone / "runs" / "pretrain" / "test.json").read_text())
+    assert 0 < measured["test/bits_per_byte"] < 20

@@ -184,7 +184,8 @@ def test_truncated_files(error):
     [
         (b"", (), ["text.jsonl", "no document"]),
         (b"\n\n", (), ["text.jsonl", "no document"]),
-        (json_lines(["", "  "]), (), ["text.jsonl", "no document"]),
+        (json_lines(["x", "  "]), (), ["text.jsonl:2", "an empty document", "data.skip_empty: true"]),
+        (json_lines(["", "  "]), ("--data.skip_empty", "true"), ["text.jsonl", "no document"]),
         (
             json_lines(["A short text."]),
             ("--data.validation_fraction", "0"),
@@ -192,7 +193,7 @@ def test_truncated_files(error):
         ),
         (json_lines(["A short text."], "body"), (), ["text.jsonl:1", "no key 'text'", "'body'"]),
     ],
-    ids=["empty", "blank lines", "empty texts", "shorter than a row", "other key"],
+    ids=["empty", "blank lines", "an empty text", "empty texts", "shorter than a row", "other key"],
 )
 def test_too_little_text(error, content, words, parts):
     Path("text.jsonl").write_bytes(content)

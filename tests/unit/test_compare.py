@@ -110,6 +110,17 @@ def test_test_and_validation_are_never_mixed(tmp_path):
     assert comparison["warnings"] == ["test results of a are left aside, since b has none"]
 
 
+def test_several_evaluation_sets_have_a_row_each(tmp_path):
+    web, both = {"test/web/bits_per_byte": 1.25}, {"test/web/bits_per_byte": 1.5, "test/a/b/bits_per_byte": 2}
+    comparison = compare(
+        [make(tmp_path, "a", test=TEST | web), make(tmp_path, "b", test=TEST | both | {"test/web/loss": 3.0})]
+    )
+    text = table(comparison)
+    assert line(text, "test/web/bits_per_byte") == ["1.2500", "1.5000"]
+    assert line(text, "test/a/b/bits_per_byte") == ["-", "2.0000"]
+    assert "web/loss" not in text
+
+
 def test_different_data_are_pointed_out(tmp_path, capsys):
     runs = [
         make(

@@ -245,7 +245,7 @@ def test_validation_and_test_report_loss_bits_and_recall_and_ignore_padding(kind
     assert results[1] == pytest.approx(results[0])
     assert results[0]["val/perplexity"] == pytest.approx(math.exp(results[0]["val/loss"]), rel=1e-4)
     right = asked = 0
-    for batch in facts().val_dataloader():
+    for batch in facts().val_dataloader()[0]:
         best = model(batch["tokens"], batch.get("documents")).argmax(-1)
         for row in (batch["group"] == 0).nonzero().flatten():
             at = batch["answers"][row] != -100
@@ -259,7 +259,7 @@ def test_predictions_leave_padding_out():
     model = build(DenseLM, data)
     batches = trainer().predict(model, datamodule=data)
     records = [record for batch in batches for record in batch]
-    prompts = sum(len(batch["group"]) for batch in facts().predict_dataloader())
+    prompts = sum(len(batch["group"]) for batch in facts().predict_dataloader()[0])
     assert len(records) == prompts > 0
     assert set(records[0]) == {"prompt", "answer", "predicted", "recalled", "group"}
     assert {record["group"] for record in records} == {"recall", "recall_seen_phrasing", "recall_control"}

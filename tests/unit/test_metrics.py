@@ -102,3 +102,21 @@ def test_padding_rows_do_not_count():
     assert metric.asked.tolist() == [1, 0, 0]
     metric.update(logits_for([[0, 0]]), torch.tensor([[-100, -100]]), torch.tensor([0]))  # asks nothing
     assert metric.asked.tolist() == [1, 0, 0]
+
+
+def test_several_sets_have_their_own_figures_and_common_ones():
+    token_bytes = torch.arange(7)
+    together, apart = TokenLoss(token_bytes, ["web", "books"]), [TokenLoss(token_bytes) for _ in range(2)]
+    everything = TokenLoss(token_bytes)
+    for number, batch in enumerate(batches(5)):
+        together.update(*batch, index=number % 2)
+        apart[number % 2].update(*batch)
+        everything.update(*batch)
+    expected = everything.compute()
+    for name, metric in zip(["web", "books"], apart, strict=True):
+        expected |= {f"{name}/{key}": value for key, value in metric.compute().items()}
+    result = together.compute()
+    assert result.keys() == expected.keys() and len(result) == 9
+    for key, value in result.items():
+        assert value.item() == pytest.approx(expected[key].item(), rel=1e-6)
+    assert result["web/loss"] != result["books/loss"]

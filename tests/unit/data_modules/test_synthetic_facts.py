@@ -107,7 +107,7 @@ def test_training_states_each_fact_truly_in_trained_phrasings_only(packing):
 def test_prompts_ask_what_their_group_promises(small):
     facts, person_of = small.facts, {name: i for i, name in enumerate(names(small))}
     groups, asked = Counter(), defaultdict(set)
-    for batch in small.val_dataloader():
+    for batch in small.val_dataloader()[0]:
         assert batch["tokens"].shape == batch["answers"].shape == batch["targets"].shape
         for tokens, targets, answers, group in zip(
             batch["tokens"], batch["targets"], batch["answers"], batch["group"].tolist(), strict=True
@@ -134,17 +134,17 @@ def test_prompts_ask_what_their_group_promises(small):
 
 
 def test_every_evaluation_batch_mixes_the_groups(small):
-    for batch in small.val_dataloader():
+    for batch in small.val_dataloader()[0]:
         assert batch["group"].unique().tolist() == [0, 1, 2]
 
 
 def test_test_asks_everything_unless_told_otherwise(small):
-    assert sum(len(batch["group"]) for batch in small.test_dataloader()) == 2 * 180 + 60
+    assert sum(len(batch["group"]) for batch in small.test_dataloader()[0]) == 2 * 180 + 60
     few = SyntheticFacts(**SMALL, test_facts=5)
-    assert sum(len(batch["group"]) for batch in few.test_dataloader()) == 15
-    assert sum(len(batch["group"]) for batch in few.predict_dataloader()) == 15
+    assert sum(len(batch["group"]) for batch in few.test_dataloader()[0]) == 15
+    assert sum(len(batch["group"]) for batch in few.predict_dataloader()[0]) == 15
     alone = SyntheticFacts(**{**SMALL, "control": 0})
-    assert {int(g) for batch in alone.test_dataloader() for g in batch["group"]} == {0, 1}
+    assert {int(g) for batch in alone.test_dataloader()[0] for g in batch["group"]} == {0, 1}
 
 
 def test_rows_are_what_the_tokenizer_makes_of_the_text(small):
@@ -180,7 +180,7 @@ def test_loss_on_answers_counts_the_values_only():
             values = set(module.facts.values_of.flatten().tolist())
             assert torch.equal(counted, torch.isin(full["targets"], torch.tensor(sorted(values))))
             assert packing != "documents" or (counted.sum(dim=1) == 3).all()
-        for batch in module.val_dataloader():
+        for batch in module.val_dataloader()[0]:
             trained = batch["group"] == 0
             assert torch.equal(batch["targets"][trained], batch["answers"][trained])
 
@@ -189,7 +189,7 @@ def test_loss_on_answers_counts_the_values_only():
 def test_a_seed_makes_everything(packing):
     a, b = (SyntheticFacts(**SMALL, packing=packing) for _ in range(2))
     assert all(same(x, y) for x, y in zip(batches(a, 12), batches(b, 12), strict=True))
-    assert all(same(x, y) for x, y in zip(a.val_dataloader(), b.val_dataloader(), strict=True))
+    assert all(same(x, y) for x, y in zip(a.val_dataloader()[0], b.val_dataloader()[0], strict=True))
     other = SyntheticFacts(**SMALL, packing=packing, seed=1)
     assert not same(batches(a, 1)[0], batches(other, 1)[0])
     assert (other.facts.values_of != a.facts.values_of).any()
@@ -235,7 +235,7 @@ def test_ranks_share_the_rows_of_one(packing, world):
 
 def test_ranks_share_the_evaluation_and_pad_it_evenly(small):
     def rows(world, rank):
-        some = list(small.evaluation_source(test=False).batches(0, world, rank))
+        some = list(small.evaluation_sources(test=False)["all"].batches(0, world, rank))
         return {key: torch.cat([batch[key] for batch in some]) for key in some[0]}
 
     whole, parts = rows(1, 0), [rows(4, rank) for rank in range(4)]

@@ -10,6 +10,7 @@ import zstandard
 from lightning.pytorch import LightningModule, Trainer
 
 from data_modules import TextStream
+from data_modules.documents import ENCODED_FIRST
 from data_modules.tokenizer_training import main as tokenizer_verb
 from memlm.errors import CheckpointError, ConfigError, DataError
 from memlm.tokenizers import ByteTokenizer, FileTokenizer
@@ -39,13 +40,24 @@ def corpus(tmp_path_factory):
 
 
 def stream(root, **options):
-    options = {"sequence_length": 500, "batch_size": 4, "validation_fraction": 0.0} | options
+    options = {
+        "sequence_length": 500,
+        "batch_size": 4,
+        "validation_fraction": 0.0,
+        "skip_empty": True,
+    } | options
     return TextStream(**({"paths": [f"{root}/*"]} | options))
 
 
 def batches(module, count, world=1, rank=0, cursor=None):
     source = module.training_source()
     return list(islice(source.batches(module.start() if cursor is None else cursor, world, rank), count))
+
+
+def at(batch):
+    """The position of the only stream of the only lane."""
+    [[position]] = batch["cursor"]["lanes"]
+    return position
 
 
 def same(a, b):
@@ -67,11 +79,16 @@ def texts_in(targets):
     return documents
 
 
+def validation_texts(module):
+    [loader] = module.val_dataloader()
+    return texts_in(torch.cat([batch["targets"] for batch in loader]))
+
+
 def epoch_of(module):
     """All batches that begin in the first epoch, and one more."""
     found = [{"cursor": module.start()}]
     endless = module.training_source().batches(module.start(), 1, 0)
-    while found[-1]["cursor"]["epoch"] == 0:
+    while at(found[-1])["epoch"] == 0:
         found.append(next(endless))
     return found[1:]
 
@@ -81,7 +98,7 @@ def test_an_epoch_is_every_text_once_in_order(corpus, packing):
     found = epoch_of(stream(corpus, packing=packing))
     documents = texts_in(torch.cat([batch["targets"] for batch in found]))
     assert documents[:24] == TEXTS
-    assert found[-1]["cursor"]["empty"] == 2 and found[-1]["cursor"]["skipped"] == 0
+    assert at(found[-1])["empty"] == 2 and at(found[-1])["skipped"] == 0
 
 
 def test_joined_rows_follow_each_other(corpus):
@@ -109,7 +126,7 @@ def test_any_cursor_continues_the_same_stream(corpus, packing, options):
     options = {"packing": packing} | options
     whole = epoch_of(stream(corpus, **options))
     whole += batches(stream(corpus, **options), 6, cursor=whole[-1]["cursor"])  # into the second epoch
-    assert whole[-1]["cursor"]["epoch"] == 1
+    assert at(whole[-1])["epoch"] == 1
     for stop in [*np.random.default_rng(0).integers(0, len(whole) - 4, 6), len(whole) - 6, len(whole) - 7]:
         resumed = batches(stream(corpus, **options), 4, cursor=whole[stop]["cursor"])
         assert all(same(x, y) for x, y in zip(whole[stop + 1 : stop + 5], resumed, strict=False)), stop
@@ -130,24 +147,26 @@ def test_a_separator_makes_documents_of_a_text_file(tmp_path):
         for name in ("a.txt", "b.jsonl")
     ]
     split, lines = [batches(module, 12) for module in made]
-    assert split[-1]["cursor"]["epoch"] > 0 and all(same(a, b) for a, b in zip(split, lines, strict=True))
+    assert at(split[-1])["epoch"] > 0 and all(same(a, b) for a, b in zip(split, lines, strict=True))
     for stop in (0, 4):
         resumed = batches(made[0], 1, cursor=split[stop]["cursor"])[0]
         assert same(resumed, split[stop + 1])
-    assert all(same(a, b) for a, b in zip(*[list(m.val_dataloader()) for m in made], strict=True))
+    assert validation_texts(made[0]) == validation_texts(made[1])
     with pytest.raises(ConfigError, match=r"data\.document_separator: is empty"):
         stream(tmp_path, document_separator="")
 
 
 def test_resuming_tokenizes_nothing_before_the_cursor(corpus, monkeypatch):
     module = stream(corpus)
-    cursor = next(b["cursor"] for b in epoch_of(module) if b["cursor"]["file"] == 2)
-    encoded, encode = [], ByteTokenizer.encode
+    cursor = next(b["cursor"] for b in epoch_of(module) if at(b)["file"] == 2)
+    encoded, encode = [], ByteTokenizer.encode_batch
     monkeypatch.setattr(
-        ByteTokenizer, "encode", lambda self, text: encoded.append(text) or encode(self, text)
+        ByteTokenizer, "encode_batch", lambda self, texts: encoded.append(texts) or encode(self, texts)
     )
     batches(module, 1, cursor=cursor)
-    assert 1 <= len(encoded) <= 4 and encoded[0] == TEXTS[12 + cursor["record"]]
+    first = 12 + cursor["lanes"][0][0]["record"]
+    assert len(encoded) == 1 and encoded[0] == TEXTS[first : first + len(encoded[0])]
+    assert sum(map(len, encoded[0][:-1])) < ENCODED_FIRST  # begins soon
 
 
 @pytest.mark.parametrize("packing", ["concatenate", "documents"])
@@ -167,7 +186,7 @@ def test_ranks_share_the_rows_of_one(corpus, packing, world):
 @pytest.mark.parametrize("world", [1, 3, 4])
 def test_validation_is_one_even_pass_over_every_text(corpus, packing, world):
     module = stream(corpus, validation_paths=[f"{corpus}/[bd]*"], packing=packing, sequence_length=301)
-    source = module.evaluation_source(test=False)
+    source = module.evaluation_sources(test=False)["all"]
     for _ in range(2):  # the second time from memory
         parts = [
             torch.cat([batch["targets"] for batch in source.batches(module.start(), world, rank)])
@@ -182,18 +201,44 @@ def test_validation_is_one_even_pass_over_every_text(corpus, packing, world):
 def test_a_fraction_of_the_documents_is_held_out_and_never_trained(corpus):
     module = stream(corpus, validation_fraction=0.3)
     trained = texts_in(torch.cat([batch["targets"] for batch in epoch_of(module)]))
-    held_out = texts_in(torch.cat([batch["targets"] for batch in module.val_dataloader()]))
+    held_out = validation_texts(module)
     assert 3 <= len(held_out) <= 12 and not set(trained) & set(held_out)
     assert sorted([*trained[: 24 - len(held_out)], *held_out]) == sorted(TEXTS)
     other = stream(corpus, validation_fraction=0.3, seed=1)
-    assert held_out != texts_in(torch.cat([batch["targets"] for batch in other.test_dataloader()]))
+    assert held_out != validation_texts(other)
 
 
 def test_copies_of_a_text_stay_on_one_side(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines([f"text {i % 40}" for i in range(400)]))
     module = stream(tmp_path, validation_fraction=0.3, sequence_length=20)
-    held_out = texts_in(torch.cat([batch["targets"] for batch in module.val_dataloader()]))
+    held_out = validation_texts(module)
     assert len(held_out) == 10 * len(set(held_out)) > 0
+
+
+def test_every_source_has_its_own_validation(corpus, tmp_path):
+    (tmp_path / "other.jsonl").write_bytes(lines(TEXTS[:9]).replace(b'"text"', b'"body"'))
+    paths = {"help": [str(corpus)], "other": [str(tmp_path)]}
+    options = {"paths": paths, "text_key": {"help": "text", "other": "body"}, "validation_fraction": 0.3}
+    for weights in (None, {"help": 2, "other": 1}):
+        module = stream(corpus, weights=weights, **options)
+        sets = module.evaluation_sources(test=True)
+        held_out = [
+            texts_in(torch.cat([batch["targets"] for batch in source.batches(module.start(), 1, 0)]))
+            for source in sets.values()
+        ]
+        assert list(sets) == ["help", "other"] and len(held_out[0]) > len(held_out[1]) > 0
+        assert held_out[1] == [text for text in TEXTS[:9] if text in held_out[0]]  # copies are on one side
+    named = {"one": [f"{corpus}/b*"], "two": [f"{corpus}/d*"]}
+    module = stream(corpus, validation_paths=named)
+    assert list(module.evaluation_sources(test=False)) == ["one", "two"]
+    assert len(module.val_dataloader()) == 2
+
+
+def test_sources_without_weights_follow_each_other(corpus):
+    paths = {"second": [f"{corpus}/[d-g]*"], "first": [f"{corpus}/[abc]*"]}
+    found = epoch_of(stream(corpus, paths=paths))
+    read = texts_in(torch.cat([batch["targets"] for batch in found]))
+    assert read[:24] == [*TEXTS[20:], *TEXTS[:20]]
 
 
 def test_no_validation(corpus):
@@ -214,7 +259,8 @@ def test_bits_per_byte_counts_the_bytes_of_the_text(corpus, tmp_path, capsys):
     expected = sum(len(text.encode()) for text in [*TEXTS[6:12], TEXTS[20]])
     for name in ["bytes", str(path)]:
         module = stream(corpus, tokenizer=name, validation_paths=[f"{corpus}/[bd]*"])
-        targets = torch.cat([batch["targets"] for batch in module.val_dataloader()])
+        [loader] = module.val_dataloader()
+        targets = torch.cat([batch["targets"] for batch in loader])
         assert module.tokenizer.token_bytes[targets[targets != -100]].sum() == expected
         assert module.vocab_size == len(module.tokenizer.token_bytes)
     with pytest.raises(DataError, match="exists already"):
@@ -257,7 +303,7 @@ def test_malformed_records_are_errors_unless_skipped_and_counted(tmp_path, caplo
         "fine " * 40,
         "good " * 40,
     ]
-    skipped = [b["cursor"]["skipped"] for b in whole]
+    skipped = [at(b)["skipped"] for b in whole]
     assert skipped == sorted(skipped) and set(skipped) == {0, 3, 6}
     for i in range(19):  # counts do not depend on where a run was interrupted
         assert batches(module, 1, cursor=whole[i]["cursor"])[0]["cursor"] == whole[i + 1]["cursor"]
@@ -268,7 +314,7 @@ def test_malformed_records_are_errors_unless_skipped_and_counted(tmp_path, caplo
     reports = [record.message for record in caplog.records if "epochs read" in record.message]
     assert reports == [
         f"TextStream: {epochs} epochs read; {3 * epochs} malformed records skipped, 0 empty documents "
-        "dropped so far"
+        "dropped, 0 files unreadable so far"
         for epochs in (1, 2)
     ]
 
@@ -278,7 +324,7 @@ def test_errors_arrive_whole_from_a_worker(tmp_path, workers):
     (tmp_path / "a.jsonl").write_bytes(BROKEN)
     loader = stream(tmp_path, sequence_length=50, num_workers=workers, batch_size=1).train_dataloader()
     found = iter(loader)
-    assert next(found)["cursor"]["token"] == 50
+    assert at(next(found))["token"] == 50
     with pytest.raises(DataError) as caught:
         list(found)
     assert str(caught.value).startswith(f"{tmp_path}/a.jsonl:2: is not valid JSON") and caught.value.line == 2
@@ -328,7 +374,7 @@ def test_nothing_held_out(tmp_path):
     with pytest.raises(
         DataError, match=r"no document is held out by data.validation_fraction 0.001; raise it"
     ):
-        list(stream(tmp_path, validation_fraction=0.001).val_dataloader())
+        validation_texts(stream(tmp_path, validation_fraction=0.001))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +383,12 @@ def test_nothing_held_out(tmp_path):
         ({"paths": ["nowhere/*.txt"]}, DataError, r"nowhere/\*.txt: data.paths: matches no file"),
         ({"validation_paths": ["nowhere"]}, DataError, "nowhere: data.validation_paths: matches no file"),
         ({"validation_fraction": 1.0}, ConfigError, "data.validation_fraction: is 1.0; expected 0 <= it < 1"),
-        ({"num_workers": 2}, ConfigError, "data.num_workers: is 2; expected 0 or 1"),
+        (
+            {"num_workers": 2},
+            ConfigError,
+            "data.num_workers: is 2, but each of 1 ranks has 1 of data.lanes 1 .* to a multiple of 2 ",
+        ),
+        ({"lanes": 0}, ConfigError, "data.lanes: is 0; expected at least 1"),
         ({"batch_size": 0}, ConfigError, "data.batch_size: is 0; expected at least 1"),
         ({"sequence_length": 0}, ConfigError, "data.sequence_length: is 0; expected at least 1"),
         ({"tokenizer": "none.json"}, DataError, "none.json: no such file; a tokenizer is 'bytes' or"),
@@ -361,6 +412,15 @@ def test_checkpoints_know_their_tokenizer_and_files(corpus, tmp_path):
     tokenizer_verb(["train", "--paths", json.dumps([f"{corpus}/d.txt"]), "--output", f"{tmp_path}/t.json"])
     with pytest.raises(CheckpointError, match=r"checkpoint: was trained with another tokenizer \(hash"):
         stream(corpus, tokenizer=f"{tmp_path}/t.json").load_state_dict(state)
+
+
+def test_a_checkpoint_of_another_kind_of_cursor_starts_anew(corpus):
+    module = stream(corpus)
+    cursor = dict.fromkeys(["epoch", "file", "record", "token", "skipped", "empty"], 1)
+    state = module.state_dict() | {"cursor": cursor, "fingerprint": "of the time when cursors were flat"}
+    with pytest.warns(UserWarning, match="training starts at the beginning"):
+        module.load_state_dict(state)
+    assert module.cursor == module.start()
 
 
 class Remembering(LightningModule):
