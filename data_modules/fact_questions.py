@@ -31,11 +31,11 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from data_modules.base import BatchSource, LanguageDataModule
-from data_modules.fact_batches import FactStatements, Questions
-from data_modules.fact_sources import read_facts
-from data_modules.guessing import majority_guesses, nearest_guesses
 from data_modules.packing import Packing
-from data_modules.stated_facts import StatedFacts
+from data_modules.real_facts.fact_batches import FactStatements, Questions
+from data_modules.real_facts.fact_sources import read_facts
+from data_modules.real_facts.guessing import majority_guesses, nearest_guesses
+from data_modules.real_facts.stated_facts import StatedFacts
 from memlm.errors import ConfigError, DataError
 from memlm.tokenizers import load_tokenizer
 

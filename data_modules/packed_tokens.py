@@ -10,11 +10,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from data_modules.base import BatchSource, LanguageDataModule
 from data_modules.mixture import checked_weights
-from data_modules.packed_rows import EvaluationRows, RowShape, SourceRows, TrainingRows
+from data_modules.packed.packed_rows import EvaluationRows, RowShape, SourceRows, TrainingRows
+from data_modules.packed.row_layouts import Consecutive, PreparedPacking, lay_out
+from data_modules.packed.row_order import RowOrder
+from data_modules.packed.sharded_tokens import OpenShards, ShardedTokens
 from data_modules.prepared.manifest import Manifest, expand
-from data_modules.row_layouts import Consecutive, PreparedPacking, lay_out
-from data_modules.row_order import RowOrder
-from data_modules.sharded_tokens import OpenShards, ShardedTokens
 from memlm.errors import ConfigError, DataError
 from memlm.tokenizers import Tokenizer, load_tokenizer
 

@@ -32,8 +32,8 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from data_modules.base import BatchSource, LanguageDataModule
-from data_modules.biographies import Biographies, Prompts
-from data_modules.facts import Facts
+from data_modules.made_up_facts.biographies import Biographies, Prompts
+from data_modules.made_up_facts.facts import Facts
 from data_modules.packing import Packing
 from memlm.errors import ConfigError
 

@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
 from data_modules.base import BatchSource, Cursor, LanguageDataModule
-from data_modules.documents import COUNTED, ENCODED_AT_ONCE, Documents, Skip, counts
-from data_modules.lanes import LaneCursor, joined, lanes_of_rank
 from data_modules.mixture import checked_weights
 from data_modules.packing import Packing, Position
-from data_modules.text_rows import EvaluationText, RowFormat, TextRows
-from data_modules.text_sources import TextSource, text_sources
+from data_modules.streaming.documents import COUNTED, ENCODED_AT_ONCE, Documents, Skip, counts
+from data_modules.streaming.lanes import LaneCursor, joined, lanes_of_rank
+from data_modules.streaming.text_rows import EvaluationText, RowFormat, TextRows
+from data_modules.streaming.text_sources import TextSource, text_sources
 from memlm.errors import CheckpointError, ConfigError
 from memlm.tokenizers import load_tokenizer
 

@@ -29,8 +29,8 @@ def summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class TokenLoss(Metric):
     """Loss per token (nats), perplexity, and bits per UTF-8 byte of the counted targets.
 
-    Bits per byte, ``nats / ln 2 / bytes``, compares models across tokenizers. Of several sets of data each has
-    its own figures, and there are those of all their tokens together.
+    Bits per byte, ``nats / ln 2 / bytes``, compares models across tokenizers. Of several sets of data each
+    has its own figures, and there are those of all their tokens together.
 
     Args:
         token_bytes: ``[vocab]`` bytes of text that each token stands for; None if unknown, then no

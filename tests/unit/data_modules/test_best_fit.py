@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_modules.best_fit import best_fit_decreasing
+from data_modules.packed.best_fit import best_fit_decreasing
 
 
 def packed(lengths, capacity, offset=0):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data_modules.fact_questions import FactQuestions
-from data_modules.fact_sources import Fact
-from data_modules.stated_facts import StatedFacts
+from data_modules.real_facts.fact_sources import Fact
+from data_modules.real_facts.stated_facts import StatedFacts
 from memlm.errors import ConfigError, DataError
 from memlm.metrics import FactRecall
 from memlm.tokenizers import ByteTokenizer, train_bpe

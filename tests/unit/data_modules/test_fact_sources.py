@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_modules.fact_packages import FACT_PACKAGES
-from data_modules.fact_sources import QUESTION, Fact, read_facts
-from data_modules.guessing import majority_guesses, nearest_guesses
+from data_modules.real_facts.fact_packages import FACT_PACKAGES
+from data_modules.real_facts.fact_sources import QUESTION, Fact, read_facts
+from data_modules.real_facts.guessing import majority_guesses, nearest_guesses
 from memlm.errors import ConfigError, DataError
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from written_folders import EOS, documents, open_descriptors, write_folder
 
 from data_modules import PackedTokens
+from data_modules.packed.sharded_tokens import OpenShards, ShardedTokens
 from data_modules.prepared.manifest import Manifest
-from data_modules.sharded_tokens import OpenShards, ShardedTokens
 from memlm.errors import DataError
 
 SHARDS = {"a": [documents(1, 14), [], documents(2, 9), documents(3, 1)], "b": [documents(4, 20, 9)]}

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from data_modules import SyntheticFacts
-from data_modules.facts import PHRASINGS, made_up_word
+from data_modules.made_up_facts.facts import PHRASINGS, made_up_word
 from memlm.errors import CheckpointError, ConfigError
 
 SMALL = {

@@ -8,8 +8,8 @@ import pytest
 import zstandard
 
 from data_modules import TextStream
-from data_modules.documents import COUNTED
 from data_modules.packing import concatenate
+from data_modules.streaming.documents import COUNTED
 from memlm.errors import ConfigError, DataError
 
 GOOD = ["good " * 20, "fine " * 20]

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_modules import TextStream
-from data_modules.lanes import joined, own_lanes, rows_given
 from data_modules.mixture import Mixture
+from data_modules.streaming.lanes import joined, own_lanes, rows_given
 from memlm.errors import CheckpointError, ConfigError, DataError
 from memlm.tokenizers import ByteTokenizer, train_bpe
 

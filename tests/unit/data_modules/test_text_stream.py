@@ -10,7 +10,7 @@ import zstandard
 from lightning.pytorch import LightningModule, Trainer
 
 from data_modules import TextStream
-from data_modules.documents import ENCODED_FIRST
+from data_modules.streaming.documents import ENCODED_FIRST
 from data_modules.tokenizer_training import main as tokenizer_verb
 from memlm.errors import CheckpointError, ConfigError, DataError
 from memlm.tokenizers import ByteTokenizer, FileTokenizer

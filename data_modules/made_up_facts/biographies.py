@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
-from data_modules.facts import NOTHING, Facts
 from data_modules.hashed_random import draw, hashed, permutation
+from data_modules.made_up_facts.facts import NOTHING, Facts
 from data_modules.packing import Packing, as_batch
 from memlm.metrics import IGNORED
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from data_modules.fact_packages import FACT_PACKAGES
 from data_modules.file_bytes import COMPRESSED, contents
 from data_modules.json_lines import read_lines
 from data_modules.readers import JSON_LINES
+from data_modules.real_facts.fact_packages import FACT_PACKAGES
 from memlm.errors import ConfigError, DataError
 
 QUESTION, FIELD = "{question}", "{field}"

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_modules.sharded_tokens import ShardedTokens
+from data_modules.packed.sharded_tokens import ShardedTokens
 
 PreparedPacking = Literal["concatenate", "best_fit", "documents"]
 
@@ -100,7 +100,7 @@ class BestFit(RowLayout):
     """See ``best_fit``."""
 
     def __init__(self, starts: NDArray[np.int64], length: int) -> None:
-        from data_modules.best_fit import best_fit_decreasing  # numba takes a while to import
+        from data_modules.packed.best_fit import best_fit_decreasing  # numba takes a while to import
 
         self.starts = starts
         self.order, self.firsts = best_fit_decreasing(starts, length)

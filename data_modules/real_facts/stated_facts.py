@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from data_modules.fact_sources import Fact
+from data_modules.real_facts.fact_sources import Fact
 from memlm.errors import ConfigError
 from memlm.tokenizers import Tokenizer
 

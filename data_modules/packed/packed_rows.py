@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
-from data_modules.row_layouts import RowLayout
-from data_modules.row_order import RowOrder
-from data_modules.sharded_tokens import ShardedTokens
+from data_modules.packed.row_layouts import RowLayout
+from data_modules.packed.row_order import RowOrder
+from data_modules.packed.sharded_tokens import ShardedTokens
 from memlm.metrics import IGNORED
 
 # Rows whose place is worked out together, as that costs about the same for one as for some hundred. They may

@@ -12,10 +12,10 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from data_modules.base import Batch, BatchSource, Cursor
-from data_modules.documents import Documents
-from data_modules.lanes import Lane, LaneCursor, Rows, joined, own_lanes, rows_given
 from data_modules.mixture import Mixture
 from data_modules.packing import Packing, Position, Tokens, batch_of_rows, concatenate, one_document_a_row
+from data_modules.streaming.documents import Documents
+from data_modules.streaming.lanes import Lane, LaneCursor, Rows, joined, own_lanes, rows_given
 
 Item = TypeVar("Item")
 

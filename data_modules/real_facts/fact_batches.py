@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from data_modules.base import Batch, BatchSource, Cursor
 from data_modules.hashed_random import hashed, permutation
 from data_modules.packing import Packing, as_batch
-from data_modules.stated_facts import StatedFacts
+from data_modules.real_facts.stated_facts import StatedFacts
 from memlm.metrics import IGNORED
 
 

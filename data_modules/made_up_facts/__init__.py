@@ -1,0 +1,1 @@
+"""The made-up people of `data_modules.synthetic_facts.SyntheticFacts`."""
