@@ -34,11 +34,13 @@ def read_lines(
                 continue
             end = number + len(lines) - 1
             if first < end:
-                lines[0] = b"".join(rest)
-                for line in lines[first - number : -1 : every]:
-                    yield first, line
+                # A line may be as large as memory allows once: only who asked for it holds it.
+                lines[0], rest = b"".join(rest), []
+                wanted, lines = lines[first - number : -1 : every][::-1], lines[-1:]
+                while wanted:
+                    yield first, wanted.pop()
                     first += every
-            number, rest = end, [lines[-1]]
+            number, rest = end, lines[-1:]
     except DataError as error:
         if error.line is None and path.is_file():
             raise DataError(path, error.message, line_of(number)) from None
@@ -58,9 +60,12 @@ def read_json_lines(
     """The texts of lines first, first + every, ..., with the arguments of ``read_lines``."""
     for number, line in read_lines(chunks, path, first, every, line_of):
         try:
-            yield number, _text(line, text_key)
+            record: str | DataError | None = _text(line, text_key)
         except _Malformed as fault:
-            yield number, DataError(path, str(fault), line_of(number))
+            record = DataError(path, str(fault), line_of(number))
+        held = [record]
+        del line, record
+        yield number, held.pop()
 
 
 class _Malformed(Exception):

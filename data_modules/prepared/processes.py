@@ -1,6 +1,7 @@
 """Worker processes that do the units of a job, none of which outlives this process."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -76,6 +77,7 @@ _worker: tuple[Job, Task, Any]
 def _start(job: Job, task: Task, consumed: Any, parent: int) -> None:
     global _worker
     _worker = (job, task, consumed)
+    gc.freeze()  # looking through inherited objects would copy the pages that they are in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the job says how many threads tokenize
     if sys.platform == "linux":

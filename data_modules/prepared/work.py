@@ -1,10 +1,12 @@
 """What worker processes do with a unit: hash its documents, or make shards of their tokens."""
 
+import ctypes
 import hashlib
 import json
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from memlm.tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
 """Text that is tokenized at once, or a single document that is longer."""
+LONG_CHARACTERS = 1 << 24
+"""A document that leaves much to be freed."""
 STATE = ".preparing"
 """Folder in the output folder with what an interrupted preparation knows."""
 
@@ -167,7 +171,11 @@ class _Batch:
     def tokenized(self, tokenizer: Tokenizer) -> list[NDArray[np.int32]]:
         """The documents' tokens. Their text is let go: it may be long."""
         texts, self.texts = self.texts, []
-        return tokenizer.encode_batch(texts)
+        tokens = tokenizer.encode_batch(texts)
+        if self.characters >= LONG_CHARACTERS:
+            del texts
+            _return_freed_memory()
+        return tokens
 
 
 class _Batches:
@@ -192,6 +200,8 @@ class _Batches:
             batch.sizes.append(utf8_bytes(text))
             batch.characters += len(text)
             del text  # held by the batch alone
+            if batch.characters >= LONG_CHARACTERS:
+                _return_freed_memory()
             if batch.characters >= BATCH_CHARACTERS:
                 yield batch
                 batch = _Batch()
@@ -215,6 +225,12 @@ def _encoded(ahead: ReadAhead[_Batch], job: Job) -> Iterator[tuple[_Batch, list[
             batch, tokens = waiting.popleft()
             yield batch, tokens.result()
             ahead.release(batch)
+
+
+def _return_freed_memory() -> None:
+    """glibc keeps what was allocated in small parts, hundreds of megabytes after reading a long document."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finished(writer: ShardWriter, text_bytes: int, compress: bool) -> ShardInfo:
