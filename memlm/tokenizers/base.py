@@ -4,14 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memlm.errors import DataError
 from memlm.tokenizers.long_texts import CutRule, cut
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EOS_TOKENS = ("<|eos|>", "<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 """Names that an end-of-document token may have in a tokenizer's file, in the order they are tried."""
@@ -88,7 +90,7 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def token_bytes(self) -> Tensor:
+    def token_bytes(self) -> "Tensor":
         """UTF-8 bytes each token stands for, int64 [vocab_size]; 0 for special tokens.
 
         Those of a document's tokens sum to the bytes of its text. Tokenizers that begin each text with a

@@ -3,13 +3,15 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memlm.tokenizers.base import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ByteTokenizer(Tokenizer):
@@ -23,7 +25,9 @@ class ByteTokenizer(Tokenizer):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
     @cached_property
-    def token_bytes(self) -> Tensor:
+    def token_bytes(self) -> "Tensor":
+        import torch  # takes a second, which preparing need not wait for
+
         return torch.tensor([1] * 256 + [0])
 
     def save(self, folder: Path) -> str:

@@ -5,16 +5,17 @@ import json
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memlm.errors import DataError
 from memlm.tokenizers.base import EOS_TOKENS, Tokenizer
 from memlm.tokenizers.files import read_file, save_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class JsonTokenizer(Tokenizer):
@@ -63,7 +64,9 @@ class JsonTokenizer(Tokenizer):
         return self.backend.decode([i for i in ids if i != self.eos_id], skip_special_tokens=False)
 
     @cached_property
-    def token_bytes(self) -> Tensor:
+    def token_bytes(self) -> "Tensor":
+        import torch  # takes a second, which preparing need not wait for
+
         lengths = torch.zeros(self.vocab_size, dtype=torch.long)
         lengths[list(self._lengths)] = torch.tensor(list(self._lengths.values()))
         return lengths

@@ -3,17 +3,18 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memlm.errors import DataError
 from memlm.tokenizers.base import EOS_TOKENS, Tokenizer
 from memlm.tokenizers.files import save_file
 from memlm.tokenizers.threads import batch_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -59,7 +60,9 @@ class SentencePieceTokenizer(Tokenizer):
         return self.processor.decode([int(i) for i in ids if i != self.eos_id and i < self.vocab_size])
 
     @cached_property
-    def token_bytes(self) -> Tensor:
+    def token_bytes(self) -> "Tensor":
+        import torch  # takes a second, which preparing need not wait for
+
         return torch.tensor([self._length(i) for i in range(self.vocab_size)])
 
     def save(self, folder: Path) -> str:

@@ -7,17 +7,18 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from memlm.errors import DataError
 from memlm.tokenizers.base import Tokenizer
 from memlm.tokenizers.files import save_file
 from memlm.tokenizers.threads import batch_threads
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Family(NamedTuple):
@@ -149,7 +150,9 @@ class TiktokenTokenizer(Tokenizer):
         return b"".join(known).decode(errors="replace")
 
     @cached_property
-    def token_bytes(self) -> Tensor:
+    def token_bytes(self) -> "Tensor":
+        import torch  # takes a second, which preparing need not wait for
+
         lengths = torch.zeros(self.vocab_size, dtype=torch.long)
         lengths[list(self._ranks.values())] = torch.tensor([len(token) for token in self._ranks])
         return lengths
