@@ -143,6 +143,10 @@ class LanguageDataModule(LightningDataModule):
         needs no name is called ``all``.
         """
 
+    def baselines(self, test: bool) -> dict[str, float]:
+        """What guessing gets, by metric (``recall_...``): logged beside what the model gets."""
+        return {}
+
     @property
     def vocab_size(self) -> int:
         """Number of token ids."""

@@ -15,8 +15,9 @@ them. A question is a phrasing up to the answer, all tokens of which must be pre
   guessed.
 
 Real facts can be guessed: by their most common answer, or from the spelling of the question. So a figure of
-recall means something only beside the recall of the control and the baselines reported at the start of a run
-(`FactQuestions.majority_baseline`, `FactQuestions.nearest_baseline`).
+recall means something only beside the recall of the control and of two ways to guess, which are logged with
+it: ``recall_majority`` (the field's most common answer) and ``recall_nearest`` (that of the most similar
+question).
 
 A fact with a single phrasing is asked in that one only, in group 1. ``val/loss`` is over questions and
 answers of group 0, and of group 1 where a fact has a single phrasing.
@@ -163,6 +164,10 @@ class FactQuestions(LanguageDataModule):
             most_common, nearest = (float(guess(trained, trained[:count]).mean()) for guess in guesses)
             self._guessed[count] = most_common, nearest
         return self._guessed[count]
+
+    def baselines(self, test: bool) -> dict[str, float]:
+        most_common, nearest = self.guessed(test)
+        return {"recall_majority": most_common, "recall_nearest": nearest}
 
     def exposures(self, steps: int) -> list[float]:
         """How often a fact is stated within that many steps, for each entry of ``exposures_per_epoch``.

@@ -17,8 +17,8 @@ A prompt is a name and a phrasing, as if the biography began with it, and the an
   in other people's names and their values come from the same lists, so anything above chance would be a
   fault of the measurement.
 
-Chance level is 1 / ``values``; answering each attribute with its most common value gets
-`SyntheticFacts.majority_baseline` (0.013 with 5,000 people and 100 values).
+Chance level is 1 / ``values``; answering each attribute with its most common value gets ``recall_majority``
+(0.013 with 5,000 people and 100 values).
 
 ``val/loss`` is over the prompts and answers of group 0. With ``loss_on: all`` it includes the words of the
 name, which cannot be predicted and dominate it; with ``loss_on: answers`` it is the loss of the value alone.
@@ -142,6 +142,9 @@ class SyntheticFacts(LanguageDataModule):
     def majority_baseline(self) -> float:
         """Recall of answering each attribute with its most common value."""
         return self.facts.majority_baseline
+
+    def baselines(self, test: bool) -> dict[str, float]:
+        return {"recall_majority": self.majority_baseline}
 
     def exposures(self, steps: int) -> list[float]:
         """How often a fact is trained within that many steps, for each entry of ``exposures_per_epoch``.

@@ -44,8 +44,16 @@ MEASURES = (
     Measure("recall", "recall (held-out phrasing)", _decimals(3)),
     Measure("recall_seen_phrasing", "recall_seen_phrasing", _decimals(3)),
     Measure("recall_control", "recall_control (never trained)", _decimals(3)),
+    Measure("recall_majority", "recall_majority (most common)", _decimals(3)),
 )
-_QUALITIES = ("loss", "bits_per_byte", "recall", "recall_seen_phrasing", "recall_control")
+_QUALITIES = (
+    "loss",
+    "bits_per_byte",
+    "recall",
+    "recall_seen_phrasing",
+    "recall_control",
+    "recall_majority",
+)
 
 
 class Run:

@@ -238,6 +238,10 @@ class LanguageModel(pl.LightningModule):
         self._log_metrics("test")
 
     def _log_metrics(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and self.recalls[stage].update_called:
+            for name, value in data.baselines(stage == "test").items():
+                self.log(f"{stage}/{name}", value)
         for metric in (self.losses[stage], self.recalls[stage]):
             if not metric.update_called:  # no facts in this data
                 continue

@@ -65,6 +65,7 @@ def test_values_of_the_last_validation(tmp_path):
             "val/recall": 0.75,
             "val/recall_seen_phrasing": None,
             "val/recall_control": 0.03125,
+            "val/recall_majority": None,
         }
     ]
 

@@ -241,9 +241,11 @@ def test_validation_and_test_report_loss_bits_and_recall_and_ignore_padding(kind
         validated = runner.validate(model, datamodule=data, verbose=False)[0]
         results.append(validated | runner.test(model, datamodule=data, verbose=False)[0])
     metrics = ("loss", "perplexity", "bits_per_byte", "recall", "recall_seen_phrasing", "recall_control")
+    metrics += ("recall_majority",)
     assert {f"{stage}/{name}" for name in metrics for stage in ("val", "test")} <= results[0].keys()
     assert results[1] == pytest.approx(results[0])
     assert results[0]["val/perplexity"] == pytest.approx(math.exp(results[0]["val/loss"]), rel=1e-4)
+    assert results[0]["test/recall_majority"] == pytest.approx(data.majority_baseline)
     right = asked = 0
     for batch in facts().val_dataloader()[0]:
         best = model(batch["tokens"], batch.get("documents")).argmax(-1)
