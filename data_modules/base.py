@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from memlm.errors import CheckpointError, ConfigError, DataError
+from memlm.errors import CheckpointError, ConfigError, UserError
 from memlm.tokenizers import Tokenizer
 
 Cursor = int | dict[str, Any]
@@ -47,7 +47,7 @@ class BatchSource(ABC):
 class _Failure:
     """An error on its way out of a worker process, where raising it would wrap it into a traceback."""
 
-    error: DataError
+    error: UserError
 
 
 class _Stream(IterableDataset):
@@ -59,7 +59,7 @@ class _Stream(IterableDataset):
             info = get_worker_info()
             worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
             yield from self.source.batches(self.cursor, self.world, self.rank, worker, workers)
-        except DataError as error:
+        except UserError as error:
             yield _Failure(error)
 
 

@@ -56,13 +56,18 @@ def read_json_lines(
     first: int,
     every: int,
     line_of: Callable[[int], int],
+    place: bool = True,
 ) -> Iterator[Record]:
-    """The texts of lines first, first + every, ..., with the arguments of ``read_lines``."""
+    """The texts of lines first, first + every, ..., with the arguments of ``read_lines``.
+
+    Args:
+        place: Whether to give malformed records with their line of the file.
+    """
     for number, line in read_lines(chunks, path, first, every, line_of):
         try:
             record: str | DataError | None = _text(line, text_key)
         except _Malformed as fault:
-            record = DataError(path, str(fault), line_of(number))
+            record = DataError(path, str(fault), line_of(number) if place else None)
         held = [record]
         del line, record
         yield number, held.pop()
@@ -81,7 +86,9 @@ def _text(line: bytes, text_key: str) -> str | None:
         raise _Malformed(f"is not valid UTF-8 ({error.reason} at byte {error.start} of the line)") from None
     except (ValueError, RecursionError) as error:
         # Not str(error), whose "line 1" is that within the line.
-        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        reason: object = error
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg.removesuffix(' at')} at column {error.colno}"
         raise _Malformed(f"is not valid JSON ({reason}); expected one JSON object on each line") from None
     if not isinstance(record, dict):
         raise _Malformed(f"holds a JSON {_name(record)}; expected an object with key {text_key!r}")

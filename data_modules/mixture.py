@@ -14,7 +14,7 @@ BLOCK = 1 << 16
 
 
 def checked_weights(weights: Mapping[str, float], names: Sequence[str], key: str) -> list[float]:
-    """The weights of named sources in the sources' order.
+    """The shares of named sources, in the sources' order and the same for all weights of the same ratios.
 
     Args:
         weights: By name.
@@ -43,7 +43,8 @@ def checked_weights(weights: Mapping[str, float], names: Sequence[str], key: str
                 f"data.weights.{name}",
                 f"is {weight / float(total):.3g} of all weights; expected at least 1/{BLOCK:,} of them",
             )
-    return [float(weights[name]) for name in names]
+    # 0.8 and 0.2 are not quite in the ratio of 8 and 2.
+    return [float((Fraction(weights[name]) / total).limit_denominator(10**9)) for name in names]
 
 
 class Mixture:
@@ -60,7 +61,7 @@ class Mixture:
     def __init__(self, weights: Sequence[float], *parts: int) -> None:
         total = sum(map(Fraction, weights))
         self._shares = [Fraction(weight) / total for weight in weights]  # exact at any number of rows
-        assert all(share * BLOCK >= 1 for share in self._shares)
+        assert min(self._shares) > 0
         self._parts = parts
         self._block: tuple[int, NDArray[np.int64], NDArray[np.int64]] | None = None
 

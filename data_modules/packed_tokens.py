@@ -42,8 +42,8 @@ class PackedTokens(LanguageDataModule):
     Rows come in a random order that is a function of their number, so that every row is read once before any
     is read again, and a run goes on at any position at once, on any number of ranks and workers. The position
     is one integer, the number of rows that all ranks have been given; ``batch_size`` may change on the way.
-    Memory does not grow with the data, but for 8 (``documents``) or 16 (``best_fit``) bytes a document in
-    every rank.
+    Memory does not grow with the data, but for 8 (``documents``) or 12 to 16 (``best_fit``) bytes in every
+    rank for each document, and for each further T tokens of a long one.
 
     Args:
         folders: A prepared folder, or several by name. A single one is called by the folder's name.

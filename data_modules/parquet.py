@@ -7,7 +7,7 @@ from typing import Any
 
 from data_modules.file_bytes import CHUNK, Progress, file_errors, file_size
 from data_modules.json_lines import Record
-from memlm.errors import DataError
+from memlm.errors import DataError, UserError
 
 BATCH_BYTES = 1 << 22
 BATCH_ROWS = 1024
@@ -53,7 +53,8 @@ def read_rows(
         progress: Told how many more of the file's bytes were consumed.
 
     Raises:
-        DataError: The file cannot be read as parquet, or has no such column.
+        UserError: The file has no such column of strings, or pyarrow is not installed.
+        DataError: The file cannot be read as parquet.
     """
     with _opened(path) as file:
         metadata = file.metadata
@@ -91,8 +92,9 @@ def _opened(path: Path) -> Iterator[Any]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
+        # No DataError, and so nothing to be skipped like a damaged file.
         message = "is a parquet file, which needs package pyarrow; run: pip install 'memlm[parquet]'"
-        raise DataError(path, message) from None
+        raise UserError(f"{path}: {message}") from None
     # Once by ourselves: Arrow's own errors about files are long, and have no number to tell them by.
     with file_errors(path), open(path, "rb"):
         pass
@@ -121,13 +123,13 @@ def _check_column(path: Path, column: str, schema: Any) -> None:
 
     if column not in schema.names:
         names = ", ".join(map(repr, schema.names[:20])) or "no columns"
-        raise DataError(path, f"has no column {column!r} (option text_key); it has {names}")
+        raise UserError(f"{path}: has no column {column!r} (option text_key); it has {names}")
     kind = schema.field(schema.names.index(column)).type
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = ["string", "large_string", "string_view", "binary", "large_binary", "binary_view"]
     if not any(getattr(pa.types, f"is_{test}")(value) for test in tests):
         message = f"column {column!r} holds values of type {kind}; expected strings (option text_key)"
-        raise DataError(path, message)
+        raise UserError(f"{path}: {message}")
 
 
 def _batches(file: Any, group: int, column: str) -> Iterator[Any]:

@@ -12,10 +12,9 @@ much was lost. An empty document is a record like others: what it means is the c
 
 A *piece* is a part of a file that can be read alone: a range of bytes of an uncompressed file of JSON lines,
 a range of row groups of a parquet file. Every record is in exactly one piece. Memory depends on the longest
-record, not on the file; only a text file is read whole.
+record, not on the file.
 """
 
-import functools
 import glob
 import hashlib
 import itertools
@@ -83,7 +82,8 @@ def find_files(patterns: list[str], key: str) -> list[Path]:
         files |= matches
     if not files:
         raise DataError("[]", f"{key}: names no file")
-    return sorted(files)
+    # The same file may have been reached by two names.
+    return sorted({os.path.realpath(file): file for file in sorted(files, reverse=True)}.values())
 
 
 def read_records(
@@ -144,7 +144,10 @@ def split_file(path: Path, size: int) -> list[Piece]:
 def read_piece(
     piece: Piece, text_key: str, separator: str | None = None, progress: Progress | None = None
 ) -> Iterator[Record]:
-    """The records of a piece, numbered from 0 within it. Errors name the line of the file.
+    """The records of a piece, numbered from 0 within it.
+
+    Errors that are raised name the line of the file; malformed records do not, as finding the line means to
+    read the file up to it: see `placed`.
 
     Args:
         piece: The part of a file. A line of JSON belongs to the piece in which its first byte lies.
@@ -163,23 +166,37 @@ def read_piece(
             stop = file_size(path) if piece.stop is None else piece.stop
             chunks = range_contents(path, piece.start, stop, progress)
 
-        first_line = functools.cache(_first_line)  # asked for only by messages
-        yield from read_json_lines(chunks, path, text_key, 0, 1, lambda number: first_line(piece) + number)
+        def line_of(number: int) -> int:
+            return _first_line(piece) + number
+
+        yield from read_json_lines(chunks, path, text_key, 0, 1, line_of, place=False)
     elif kind == PARQUET:
         yield from read_rows(path, text_key, groups=(piece.start, piece.stop), progress=progress)
     else:
         yield from _text_records(path, separator, 0, 1, progress)
 
 
-def record_error(piece: Piece, number: int, message: str) -> DataError:
+def placed(piece: Piece, number: int, fault: DataError, exact: bool = True) -> DataError:
+    """A malformed record of `read_piece` with its place, see `record_error`."""
+    if _content_suffix(piece.path) not in JSON_LINES:
+        return fault  # has it already
+    return record_error(piece, number, fault.message, exact)
+
+
+def record_error(piece: Piece, number: int, message: str, exact: bool = True) -> DataError:
     """What a caller finds wrong with a record, with its place in the file.
 
     Args:
         piece: The piece that it is in; ``Piece(path)`` for a record of ``read_records``.
         number: The record's number.
         message: What was found and what was expected, e.g. ``is an empty document``.
+        exact: Whether to find the line of the file, for which it is read up to there.
     """
     kind = _content_suffix(piece.path)
+    if kind in JSON_LINES and piece.start and not exact:
+        return DataError(
+            piece.path, f"record {number} (from 0) of the part that begins at byte {piece.start:,} {message}"
+        )
     if kind in JSON_LINES:
         return DataError(piece.path, message, _first_line(piece) + number)
     if kind == PARQUET:
@@ -268,16 +285,36 @@ def _text_records(
 ) -> Iterator[Record]:
     if separator is None and first > 0:
         return  # the only record is not wanted
-    content = b"".join(contents(path, progress))
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        message = f"is not valid UTF-8 text ({error.reason} at byte {error.start})"
-        if first == 0:
-            yield 0, DataError(path, message, line)
-        return
-    documents: list[str | None] = [text] if separator is None else [*text.split(separator)]
-    if len(documents) > 1 and not text.rsplit(separator, 1)[1].strip():
-        documents[-1] = None  # a separator may end the last document, too
-    yield from zip(range(first, len(documents), every), documents[first::every], strict=True)
+    line, place = 1, 0
+    for number, content, ended in _split(contents(path, progress), separator):
+        if number == first:
+            first += every
+            try:
+                text: str | DataError | None = content.decode()
+            except UnicodeDecodeError as error:
+                message = f"is not valid UTF-8 text ({error.reason} at byte {place + error.start})"
+                text = DataError(path, message, line + content.count(b"\n", 0, error.start))
+            if ended and number and not content.strip():
+                text = None  # a separator may end the last document, too
+            yield number, text
+        if separator is not None:
+            line += content.count(b"\n") + separator.count("\n")
+            place += len(content) + len(separator.encode())
+
+
+def _split(chunks: Iterator[bytes], separator: str | None) -> Iterator[tuple[int, bytes, bool]]:
+    """Each document's number and bytes, and whether it is the last one."""
+    # No byte within a character of UTF-8 begins another one: bytes can be split like text.
+    mark = None if separator is None else separator.encode()
+    number, rest, searched = 0, bytearray(), 0
+    for chunk in chunks:
+        rest += chunk
+        if mark is None:
+            continue
+        begin = 0
+        while (end := rest.find(mark, max(begin, searched))) >= 0:
+            yield number, bytes(rest[begin:end]), False
+            number, begin = number + 1, end + len(mark)
+        del rest[:begin]
+        searched = max(len(rest) - len(mark) + 1, 0)
+    yield number, bytes(rest), True

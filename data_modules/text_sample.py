@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from data_modules.readers import Piece, piece_bytes, read_piece, split_file
+from data_modules.readers import Piece, piece_bytes, placed, read_piece, split_file
 from memlm.errors import DataError
 
 PLACES = 1000
@@ -62,8 +62,8 @@ def _places(files: list[Path]) -> list[Piece]:
 
 
 def _texts(piece: Piece, text_key: str, progress: Callable[[int], object]) -> Iterator[str]:
-    for _, text in read_piece(piece, text_key, progress=progress):
+    for number, text in read_piece(piece, text_key, progress=progress):
         if isinstance(text, DataError):
-            raise text
+            raise placed(piece, number, text)
         if text is not None:
             yield text

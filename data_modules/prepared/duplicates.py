@@ -41,10 +41,12 @@ def save_hashes(state: Path, unit: int, digests: bytes | bytearray) -> None:
     """
     words = np.frombuffer(digests, ">u8").reshape(-1, 2)
     order = np.lexsort((words[:, 1], words[:, 0]))  # stable: copies stay in order
+    rows = np.empty((len(order), 3), "<u8")
+    rows[:, :2], rows[:, 2] = words[order], order
     path = hashes_path(state, unit)
     try:
         with writing(path), open(partial(path), "wb") as file:
-            file.write(np.column_stack([words[order], order]).astype("<u8").data)
+            file.write(rows.data)
         publish(path)
     finally:
         partial(path).unlink(missing_ok=True)

@@ -109,6 +109,8 @@ class Manifest:
                 raise DataError(path, f"has another format; expected {FORMAT!r}")
             listed = content.pop("splits")
             splits = {name: [ShardInfo(**shard) for shard in listed[name]] for name in SPLITS}
+            if content["dtype"] not in ("uint16", "uint32"):
+                raise DataError(path, f"has tokens of {content['dtype']!r}; expected uint16 or uint32")
             return cls(folder=folder, splits=splits, counts=Counts(**content.pop("counts")), **content)
         except FileNotFoundError:
             if not folder.is_dir():
@@ -130,7 +132,7 @@ class Manifest:
             DataError: It cannot be written.
         """
         content = {"format": FORMAT} | {key: value for key, value in asdict(self).items() if key != "folder"}
-        write_whole(self.folder / NAME, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        write_whole(self.folder / NAME, (json.dumps(content, indent=1) + "\n").encode())
 
     def shards(self, split: str) -> list[ShardInfo]:
         """The shards of ``train`` or ``validation``, in order."""

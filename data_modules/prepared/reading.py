@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_modules.prepared.plan import Options, State, file_state
-from data_modules.readers import Piece, Record, read_piece, record_error
+from data_modules.readers import Piece, Record, placed, read_piece, record_error
 from memlm.errors import DataError
 
 NOTES = 3
@@ -58,10 +58,9 @@ class UnitReader:
         for piece in self.pieces:
             for number, text in self._records(piece):
                 if isinstance(text, DataError):
-                    self._skip("malformed", text)
+                    self._skip("malformed", piece, number, text)
                 elif text is not None and (not text or text.isspace()):
-                    # Finding its line means to read the file up to it: not for each of many.
-                    self._skip("empty", (piece, number))
+                    self._skip("empty", piece, number, None)
                 elif text is not None:
                     held = [text]
                     del text  # not held here while it is worked on: it may be long
@@ -83,10 +82,16 @@ class UnitReader:
             return
         self._check_unchanged(piece.path)
 
-    def _skip(self, kind: Literal["malformed", "empty"], fault: DataError | tuple[Piece, int]) -> None:
+    def _skip(
+        self, kind: Literal["malformed", "empty"], piece: Piece, number: int, fault: DataError | None
+    ) -> None:
         ends = not getattr(self.faults, f"skip_{kind}")
         if ends or self.skipped.total() < NOTES:
-            error = fault if isinstance(fault, DataError) else record_error(*fault, "is an empty document")
+            # Finding a line means to read the file up to it: not for what is skipped in each of many parts.
+            if fault is None:
+                error = record_error(piece, number, "is an empty document", exact=ends)
+            else:
+                error = placed(piece, number, fault, exact=ends)
             if ends:
                 raise error.with_hint(f"--skip_{kind} true skips and counts such records")
             self.notes.append(f"skipped: {error}")

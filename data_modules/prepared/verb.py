@@ -69,7 +69,18 @@ def prepare(
     if workers is not None and workers < 1:
         raise ConfigError("workers", f"is {workers}; expected at least 1")
     used = load_tokenizer(tokenizer)
-    plan = Plan.of(find_files(paths, "paths"), options, used, skip_unreadable)
+    files = find_files(paths, "paths")
+    for file in files:
+        if Path(output).resolve() in file.resolve().parents:
+            raise ConfigError("output", f"is {output}, which holds an input: {file}; expected another folder")
+    for path in paths:
+        if Path(path).is_dir() and Path(path).resolve() in [
+            Path(output).resolve(),
+            *Path(output).resolve().parents,
+        ]:
+            # What is written there would be among the inputs of the next command.
+            raise ConfigError("output", f"is {output}, within the input {path}; expected a folder outside")
+    plan = Plan.of(files, options, used, skip_unreadable)
     faults = Faults(skip_malformed, skip_empty, skip_unreadable)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

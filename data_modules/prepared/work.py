@@ -23,6 +23,7 @@ from data_modules.prepared.read_ahead import ReadAhead
 from data_modules.prepared.reading import Faults, UnitReader
 from data_modules.prepared.shard import ShardWriter, smallest_dtype
 from data_modules.readers import is_held_out
+from memlm.errors import DataError
 from memlm.tokenizers import Tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -182,7 +183,7 @@ class _Batches:
     """The documents of a unit that are kept, in batches, each with its split."""
 
     def __init__(self, job: Job, unit: int, reader: UnitReader) -> None:
-        self._reader = reader
+        self._reader, self._folder = reader, job.folder
         self._options = job.plan.options
         self._copies = duplicates_of(job.state, unit) if self._options.deduplicate else None
         self.duplicates = 0
@@ -191,9 +192,11 @@ class _Batches:
         batch, number = _Batch(), -1
         for text in self._reader.texts():  # no enumerate, which would hold the text
             number += 1
-            if self._copies is not None and self._copies[number]:
-                self.duplicates += 1
-                continue
+            if self._copies is not None:
+                self._check_hashed(number < len(self._copies))
+                if self._copies[number]:
+                    self.duplicates += 1
+                    continue
             held_out = is_held_out(text, self._options.validation_fraction, self._options.seed)
             batch.texts.append(text)
             batch.splits.append("validation" if held_out else "train")
@@ -205,8 +208,19 @@ class _Batches:
             if batch.characters >= BATCH_CHARACTERS:
                 yield batch
                 batch = _Batch()
+        if self._copies is not None:
+            self._check_hashed(number + 1 == len(self._copies))
         if batch.texts:
             yield batch
+
+    def _check_hashed(self, same: bool) -> None:
+        """The marks of duplicates go by the documents' numbers: both passes must have read the same ones."""
+        if not same:
+            raise DataError(
+                self._reader.pieces[0].path,
+                "or a file after it gave other documents than when they were hashed, as a file that could be "
+                f"read only once of twice does; remove {self._folder} to start over",
+            )
 
 
 def _encoded(ahead: ReadAhead[_Batch], job: Job) -> Iterator[tuple[_Batch, list[Any]]]:

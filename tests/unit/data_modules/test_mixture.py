@@ -88,4 +88,11 @@ def test_weights_that_are_none(weights, message):
 
 
 def test_weights_are_given_in_the_order_of_the_sources():
-    assert checked_weights({"b": 3, "a": 1}, ["a", "b"], "data.folders") == [1.0, 3.0]
+    assert checked_weights({"b": 3, "a": 1}, ["a", "b"], "data.folders") == [0.25, 0.75]
+
+
+def test_weights_of_the_same_ratios_are_the_same():
+    weights = [{"a": 0.8, "b": 0.2}, {"a": 8, "b": 2}, {"a": 0.08, "b": 0.02}, {"a": 80 / 3, "b": 20 / 3}]
+    found = [checked_weights(some, ["a", "b"], "data.paths") for some in weights]
+    assert found == [[0.8, 0.2]] * 4
+    assert checked_weights({"a": BLOCK - 1, "b": 1}, ["a", "b"], "k") == [1 - 1 / BLOCK, 1 / BLOCK]

@@ -284,7 +284,7 @@ def test_too_many_epochs_are_warned_of(folders, tmp_path, caplog):
     of_a = next(text for text in reports(caplog) if text.startswith("a: "))
     given = np.bincount(data._order.locate(np.arange(100))[0])
     epochs = given / [source.layout.rows for source in data._rows]
-    assert f"; weight 9; {epochs.max():.2f} epochs by step 5" in of_a
+    assert f"; weight 0.9; {epochs.max():.2f} epochs by step 5" in of_a
 
 
 # -- resumption

@@ -14,7 +14,7 @@ from data_modules.readers import (
     record_error,
     split_file,
 )
-from memlm.errors import DataError
+from memlm.errors import DataError, UserError
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -110,10 +110,10 @@ def test_a_malformed_row_is_a_value_and_the_next_one_is_read(tmp_path):
 def test_a_column_that_is_missing_or_no_text(tmp_path):
     path = write(tmp_path / "a.parquet")
     message = r"a.parquet: has no column 'body' \(option text_key\); it has 'id', 'text'"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         next(read_records(path, "body"))
     message = r"a.parquet: column 'id' holds values of type int64; expected strings \(option text_key\)"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UserError, match=message):
         next(read_piece(Piece(path), "id"))
 
 
@@ -180,7 +180,7 @@ def test_without_the_package(tmp_path, monkeypatch):
         return import_(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(DataError, match=r"a.parquet: .* pyarrow; run: pip install 'memlm\[parquet\]'"):
+    with pytest.raises(UserError, match=r"a.parquet: .* pyarrow; run: pip install 'memlm\[parquet\]'"):
         next(read_records(path, "text"))
 
 

@@ -6,7 +6,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_modules import file_bytes
-from data_modules.readers import Piece, piece_bytes, read_piece, read_records, record_error, split_file
+from data_modules.readers import (
+    Piece,
+    piece_bytes,
+    placed,
+    read_piece,
+    read_records,
+    record_error,
+    split_file,
+)
 from memlm.errors import DataError
 
 LINES = st.one_of(
@@ -50,7 +58,7 @@ def test_pieces_hold_every_record_of_a_file_once(tmp_path_factory, content, size
             steps = []
             records = list(read_piece(piece, "text", None, steps.append))
             assert [number for number, _ in records] == list(range(len(records)))
-            parts += plain(records)
+            parts += plain((n, placed(piece, n, r) if isinstance(r, DataError) else r) for n, r in records)
             told.append(sum(steps))
             assert min(steps, default=0) >= 0
     assert parts == whole  # the messages too, which name the line of the file
@@ -78,7 +86,8 @@ def test_what_cannot_be_split_is_one_piece(tmp_path, name):
         told = []
         records = list(read_piece(Piece(path), "text", separator, told.append))
         assert [number for number, _ in records] == list(range(len(records)))
-        assert plain(records) == plain(read_records(path, "text", separator=separator))
+        found = ((n, placed(Piece(path), n, r) if isinstance(r, DataError) else r) for n, r in records)
+        assert plain(found) == plain(read_records(path, "text", separator=separator))
         assert sum(told) == path.stat().st_size == piece_bytes(Piece(path))
 
 
@@ -106,5 +115,11 @@ def test_the_place_of_a_record(tmp_path):
     for piece in [Piece(path), *split_file(path, 500)]:
         for number, line in read_piece(piece, "text"):
             assert str(record_error(piece, number, "is odd")) == f"{path}:{line}: is odd"
+            near = str(record_error(piece, number, "is odd", exact=False))
+            if piece.start:  # without reading what is before the piece
+                part = f"record {number} (from 0) of the part that begins at byte {piece.start:,}"
+                assert near == f"{path}: {part} is odd"
+            else:
+                assert near == f"{path}:{line}: is odd"
     text = Piece(tmp_path / "a.txt.gz")
     assert str(record_error(text, 3, "is odd")) == f"{text.path}: document 3 (from 0) is odd"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_modules.file_bytes import contents
 from data_modules.readers import find_files, is_held_out, read_documents, read_records
@@ -339,3 +341,38 @@ def test_a_separator_may_end_the_last_document(tmp_path):
         assert list(read_records(path, "text", separator="---", every=2, offset=1)) == expected[1::2]
     path.write_text("\n")  # one empty document, not the end of one
     assert list(read_records(path, "text", separator="---")) == [(0, "\n")]
+
+
+def test_a_file_reached_by_several_names_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "b.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "in" / "a.jsonl").symlink_to("b.jsonl")
+    names = ["in", "in/b.jsonl", str(tmp_path / "in" / "b.jsonl"), "in/../in/*.jsonl"]
+    assert len(find_files(names, "paths")) == 1
+    (tmp_path / "in" / "c.jsonl").write_text('{"text": "b"}\n')  # equal content is another file
+    assert len(find_files(names, "paths")) == 2
+
+
+@given(
+    st.lists(st.sampled_from(["a", "é", "\n", "-", "--", "---", "b\n"]), max_size=40).map("".join),
+    st.sampled_from(["-", "--", "---", "\n\n", "é-"]),
+    st.integers(1, 9),
+)
+def test_documents_of_a_text_file_are_cut_like_strings(tmp_path_factory, text, separator, chunk):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    expected: list[str | None] = [*text.split(separator)]
+    if len(expected) > 1 and not expected[-1].strip():
+        expected[-1] = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_modules.file_bytes.CHUNK", chunk)
+        assert [record for _, record in read_records(path, "text", separator=separator)] == expected
+
+
+def test_bad_utf_8_spoils_one_document_of_a_text_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n---two\n\xff---three")
+    (_, one), (_, two), (_, three) = read_records(path, "text", separator="---")
+    assert (one, three) == ("one\n", "three")
+    assert str(two) == f"{path}:3: is not valid UTF-8 text (invalid start byte at byte 11)"

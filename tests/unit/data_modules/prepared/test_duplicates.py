@@ -42,6 +42,21 @@ def test_hashes_that_differ_in_their_last_or_first_bytes_are_no_copies(tmp_path)
     assert np.flatnonzero(duplicates_of(tmp_path, 0)).tolist() == [3]
 
 
+def test_hashes_that_differ_in_one_bit_are_no_copies(tmp_path):
+    """All 128 bits count, the lowest of each half too."""
+    digest = bytes(np.random.default_rng(0).integers(128, 256, 16, np.uint8))
+    others = [
+        bytes(byte ^ (1 << bit if i == place else 0) for i, byte in enumerate(digest))
+        for place in range(16)
+        for bit in (0, 7)
+    ]
+    save_hashes(tmp_path, 0, b"".join([digest, *others, b"\xff" * 16]))
+    save_hashes(tmp_path, 1, b"".join([others[3], digest]))
+    find_duplicates(tmp_path, 2, lambda count: None)
+    assert not duplicates_of(tmp_path, 0).any()
+    assert duplicates_of(tmp_path, 1).all()
+
+
 def test_no_documents_at_all(tmp_path):
     save_hashes(tmp_path, 0, b"")
     find_duplicates(tmp_path, 1, lambda count: None)

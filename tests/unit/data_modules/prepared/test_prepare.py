@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import zstandard
 
 from data_modules.prepared.manifest import SPLITS, Manifest, expand
 from data_modules.prepared.shard import open_shard
+from data_modules.readers import read_piece
 from data_modules.text_stream import TextStream
-from memlm.errors import ConfigError, DataError
+from memlm.errors import ConfigError, DataError, UserError
 from memlm.metrics import IGNORED
 from memlm.tokenizers import load_tokenizer
 
@@ -264,7 +266,7 @@ def test_malformed_records_end_it_or_are_skipped_and_counted(tmp_path, prepare, 
     found = texts_of(tmp_path / "o")
     assert sorted(found["train"] + found["validation"]) == sorted(texts)
     assert Manifest.load(tmp_path / "o").counts.malformed == 1
-    assert f"skipped: {path}:3001: {message}" in capsys.readouterr().err
+    assert re.search(rf"skipped: {path}: record \d+ \(from 0\) .* {message}", capsys.readouterr().err)
 
 
 def test_empty_documents_end_it_or_are_skipped_and_counted(tmp_path, prepare, capsys):
@@ -277,7 +279,8 @@ def test_empty_documents_end_it_or_are_skipped_and_counted(tmp_path, prepare, ca
     capsys.readouterr()
     result = prepare(tmp_path / "q", tmp_path, skip_empty=True)
     assert (result.manifest.counts.empty, result.manifest.counts.documents) == (2, 3001)
-    assert f"skipped: {tmp_path}/a.jsonl:3001: is an empty document" in capsys.readouterr().err
+    place = r"a.jsonl: record \d+ \(from 0\) of the part that begins at byte [\d,]+"
+    assert re.search(f"skipped: .*{place} is an empty document", capsys.readouterr().err)
 
 
 def test_only_some_of_many_skipped_records_are_named(tmp_path, prepare, capsys):
@@ -386,3 +389,64 @@ def test_a_long_document(tmp_path, prepare, bpe):
     manifest = Manifest.load(tmp_path / "o")
     assert texts_of(tmp_path / "o")["train"] == ["before", text, "after"]
     assert manifest.counts.text_bytes == len(text) + 11
+
+
+def test_a_first_mistake_does_not_bind_the_next_command(tmp_path, prepare):
+    path = lines(tmp_path / "a.jsonl", "one", "two")
+    with pytest.raises(DataError, match="has no key 'body'"):
+        prepare(tmp_path / "o", path, text_key="body")
+    prepare(tmp_path / "o", path)
+    assert Manifest.load(tmp_path / "o").counts.documents == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_both_passes_must_read_the_same_documents(tmp_path, prepare, monkeypatch, first):
+    """A file that can be read only once of twice would shift the marks of duplicates."""
+    for name, texts in {"a": ["x", "y", "z"], "b": ["x", "u", "w"]}.items():
+        lines(tmp_path / f"{name}.jsonl", *texts)
+    passes = []
+
+    def flaky(piece, *args):
+        if piece.path.name == "a.jsonl":
+            passes.append(1)
+            if (len(passes) == 1) == first:
+                raise DataError(piece.path, "cannot be read (Input/output error)")
+        yield from read_piece(piece, *args)
+
+    monkeypatch.setattr("data_modules.prepared.reading.read_piece", flaky)
+    monkeypatch.setattr("data_modules.prepared.preparation.run_units", in_this_process)
+    with pytest.raises(DataError, match=r"gave other documents than when they were hashed.* start over"):
+        prepare(tmp_path / "o", tmp_path, deduplicate=True, skip_unreadable=True, shard_megabytes=1.0)
+    assert not (tmp_path / "o" / "manifest.json").exists()
+
+
+def in_this_process(job, task, units, processes, show):
+    for unit in units:
+        task(job, unit, show)
+        yield unit
+
+
+def test_a_wrong_column_is_no_damage_to_skip(tmp_path, prepare):
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pytest.importorskip("pyarrow").table({"text": ["a", "b"]}), tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=r"t.parquet: has no column 'body'") as raised:
+        prepare(tmp_path / "o", tmp_path / "t.parquet", text_key="body", skip_unreadable=True)
+    assert "skip_unreadable" not in str(raised.value)
+
+
+def test_file_names_need_not_be_utf_8(tmp_path, prepare):
+    folder = os.fsencode(tmp_path) + b"/in"
+    os.mkdir(folder)
+    with open(folder + b"/\xff\xfename.jsonl", "wb") as file:
+        file.write(b'{"text": "one"}\n')
+    prepare(tmp_path / "o", tmp_path / "in")
+    [source] = Manifest.load(tmp_path / "o").sources
+    assert os.fsencode(source["file"]) == folder + b"/\xff\xfename.jsonl"
+
+
+def test_a_manifest_with_another_type_of_tokens(tmp_path, prepare):
+    prepare(tmp_path / "o", lines(tmp_path / "a.jsonl", "one"))
+    path = tmp_path / "o" / "manifest.json"
+    path.write_text(path.read_text().replace('"uint16"', '"int7"'))
+    with pytest.raises(DataError, match=r"manifest.json: has tokens of 'int7'; expected uint16 or uint32"):
+        Manifest.load(tmp_path / "o")

@@ -103,3 +103,14 @@ def test_preparing_does_not_wait_for_torch():
     code = "import sys, data_modules.prepared.verb; print({'torch', 'lightning', 'numba'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("inputs", "output"), [("in", "in/out"), ("in", "in"), ("in/sub", "in")])
+def test_what_is_written_must_not_be_among_the_inputs(tmp_path, monkeypatch, capsys, inputs, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "a.jsonl").write_text('{"text": "one"}\n')
+    words = [f'--paths=["{inputs}"]', "--tokenizer", "bytes", "--output", output]
+    assert entry.main(["prepare", *words]) == 2
+    assert f"output: is {output}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "in", "sub"]
