@@ -386,12 +386,12 @@ def prepare_kills(report: Report, work: Path, megabytes: float, count: int) -> N
     whole = run(*prepare_words(file, tokenizer, work / "whole", *more))
     expected, generator = digests(work / "whole"), random.Random(0)
     report.values["prepare_kills_differing"] = 0
-    moments = []
-    for _ in range(count):
+    moments: list[float] = []
+    while len(moments) < count:
         output = work / "killed"
         words = prepare_words(file, tokenizer, output, *more)
         moment = generator.uniform(0.1, whole)
-        if killed(words, work, moment):
+        if killed(words, work, moment):  # it may have been quicker this time
             moments.append(moment)
         run(*words)
         report.values["prepare_kills_differing"] += digests(output) != expected
@@ -427,12 +427,14 @@ def training_kills(report: Report, work: Path, folder: Path, steps: int, count: 
     whole = run(*words, "whole", cwd=work)
     expected, generator = read_metrics(work / "runs/whole/metrics.csv"), random.Random(1)
     report.values["training_kills_differing"] = 0
-    moments, resumed = [], 0
-    for _ in range(count):
-        moment = generator.uniform(0.5 * whole, whole)
+    moments: list[float] = []
+    resumed = 0
+    while len(moments) < count:
+        moment = generator.uniform(0.4 * whole, whole)
         shutil.rmtree(work / "runs/cut", ignore_errors=True)
-        if killed([*words, "cut"], work, moment):
-            moments.append(moment)
+        if not killed([*words, "cut"], work, moment):
+            continue
+        moments.append(moment)
         if (work / "runs/cut/checkpoints/last.ckpt").exists():
             resumed += 1
             if read_metrics(work / "runs/cut/metrics.csv")[-1]["step"] < steps:
@@ -487,7 +489,7 @@ def main() -> None:
             ),
             (
                 ("training_kills_differing",),
-                lambda: training_kills(report, work, folder, 60, 2 if quick else 20),
+                lambda: training_kills(report, work, folder, 300, 2 if quick else 20),
             ),
             (("prepare_memory_gb",), lambda: prepare_memory(report, work, 100 if quick else 2000)),
         ]

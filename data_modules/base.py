@@ -1,5 +1,6 @@
 """What every language data module does: an endless training stream with one position, and its resumption."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from data_modules.child_process import end_with_parent
 from memlm.errors import CheckpointError, ConfigError, UserError
 from memlm.tokenizers import Tokenizer
 
@@ -53,11 +55,15 @@ class _Failure:
 class _Stream(IterableDataset):
     def __init__(self, source: BatchSource, cursor: Cursor, world: int, rank: int) -> None:
         self.source, self.cursor, self.world, self.rank = source, cursor, world, rank
+        self.process = os.getpid()
 
     def __iter__(self) -> Iterator[Batch | _Failure]:
         try:
             info = get_worker_info()
             worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+            if info is not None:
+                # Left alone, it would wait for ever to hand its batches to a process that was killed.
+                end_with_parent(self.process)
             yield from self.source.batches(self.cursor, self.world, self.rank, worker, workers)
         except UserError as error:
             yield _Failure(error)
@@ -71,10 +77,18 @@ class _Loader(DataLoader):
 
 
 def _checked(items: Iterator[Batch | _Failure]) -> Iterator[Batch]:
-    for item in items:
-        if isinstance(item, _Failure):
-            raise item.error
-        yield item
+    try:
+        for item in items:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    except RuntimeError as error:  # torch's message begins like this, and has the signal's name
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ConfigError(
+            "data.num_workers",
+            f"a loader process was killed, perhaps for want of memory ({error}); fewer of them need less",
+        ) from error
 
 
 def _as_is(batch: Any) -> Any:

@@ -217,6 +217,12 @@ class TextStream(LanguageDataModule):
                 of = "" if self.weights is None else f" of {self.sources[number].name!r}"
                 rank_zero_info(f"TextStream: {epochs} epochs{of} read; {counts(total)} so far")
 
+    def teardown(self, stage: str) -> None:
+        """Say at the end of a run what it passed over (this rank, in the lanes that it reads)."""
+        total = {name: sum(at[name] for lane in _known(self.cursor) for at in lane) for name in COUNTED}
+        if stage == "fit" and any(total.values()):
+            rank_zero_info(f"TextStream: {counts(total)} in all")
+
     def training_source(self) -> TextRows:
         if self.weights is None:
             name = ", ".join(pattern for source in self.sources for pattern in source.patterns)

@@ -215,7 +215,8 @@ def _differences(runs: list[Run]) -> list[str]:
     first = runs[0].data()
     for run in runs[1:]:
         data = run.data()
-        different = [key for key in dict.fromkeys([*first, *data]) if first.get(key) != data.get(key)]
+        keys = [key for key in dict.fromkeys([*first, *data]) if key not in ("num_workers", "verify")]
+        different = [key for key in keys if first.get(key) != data.get(key)]
         if different:
             shown = ", ".join(f"{key} {first.get(key)!r} and {data.get(key)!r}" for key in different)
             warnings.append(f"{runs[0].name} and {run.name} were trained on different data: {shown}")

@@ -1,16 +1,15 @@
 """Worker processes that do the units of a job, none of which outlives this process."""
 
-import ctypes
 import gc
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Generator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from data_modules.child_process import end_with_parent, end_without
 from data_modules.prepared.work import Job
 from memlm.errors import DataError
 
@@ -18,7 +17,6 @@ Task = Callable[[Job, int, Callable[[int], object]], None]
 """Does one unit of a job, and tells of the bytes of files consumed."""
 
 POLL_SECONDS = 0.25
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 def run_units(
@@ -80,15 +78,7 @@ def _start(job: Job, task: Task, consumed: Any, parent: int) -> None:
     gc.freeze()  # looking through inherited objects would copy the pages that they are in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the job says how many threads tokenize
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    _end_without(parent)
-
-
-def _end_without(parent: int) -> None:
-    """The death signal comes only to those who asked for it before, and only on Linux."""
-    if os.getppid() != parent:
-        os._exit(1)
+    end_with_parent(parent)
 
 
 def _do(unit: int) -> None:
@@ -96,7 +86,7 @@ def _do(unit: int) -> None:
     parent = os.getppid()
 
     def progress(count: int) -> None:
-        _end_without(parent)
+        end_without(parent)
         consumed[unit] += count
 
     task(job, unit, progress)

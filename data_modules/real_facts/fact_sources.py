@@ -95,7 +95,23 @@ def read_facts(
             return tuple(sorted({phrasing.strip() for phrasing in phrasings}))
         return tuple(sorted(package.phrasings[key[0]])) if package is not None else (QUESTION,)
 
-    return [Fact(*key, claim.answer, templates(key)) for key, claim in kept.items()], dropped
+    facts = [Fact(*key, claim.answer, templates(key)) for key, claim in kept.items()]
+    _check_prompts(facts)
+    return facts, dropped
+
+
+def _check_prompts(facts: list[Fact]) -> None:
+    """A prompt with two answers cannot be answered: facts of several fields need different phrasings."""
+    answers: dict[str, str] = {}
+    for fact in facts:
+        for phrasing in fact.phrasings:
+            prompt = fact.prompt(phrasing)
+            if answers.setdefault(prompt, fact.answer) != fact.answer:
+                raise ConfigError(
+                    "data.phrasings",
+                    f"make {prompt!r} begin two facts, with the answers {answers[prompt]!r} and "
+                    f"{fact.answer!r}; expected {FIELD} in them, or a 'phrasing' of its own for each field",
+                )
 
 
 def _one_answer_each(

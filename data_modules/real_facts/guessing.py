@@ -34,14 +34,16 @@ def nearest_guesses(trained: Sequence[Answered], asked: Sequence[Answered]) -> N
     Similarity is the Jaccard index of the sets of character trigrams, case ignored. It finds what a spelling
     gives away: a model may learn that too, without any fact.
     """
+    known: dict[str, list[Answered]] = {}
+    for fact in trained:
+        known.setdefault(fact.field, []).append(fact)
+    fields = {fact.field for fact in asked} & known.keys()
+    indices = {field: _TrigramIndex([fact.question for fact in known[field]]) for field in fields}
     right = np.zeros(len(asked), dtype=bool)
-    for field in {fact.field for fact in trained}:
-        known = [fact for fact in trained if fact.field == field]
-        index = _TrigramIndex([fact.question for fact in known])
-        for i, fact in enumerate(asked):
-            if fact.field == field:
-                nearest = index.nearest(fact.question)
-                right[i] = nearest is not None and known[nearest].answer == fact.answer
+    for i, fact in enumerate(asked):
+        if fact.field in indices:
+            nearest = indices[fact.field].nearest(fact.question)
+            right[i] = nearest is not None and known[fact.field][nearest].answer == fact.answer
     return right
 
 

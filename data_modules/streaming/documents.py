@@ -142,6 +142,9 @@ class Documents:
                     if not self.skip.empty:
                         hint = "data.skip_empty: true drops and counts such documents"
                         raise record_error(Piece(path), record, f"is an empty document; {hint}")
+                    if at["empty"] == 0:
+                        first = record_error(Piece(path), record, "is an empty document")
+                        rank_zero_warn(f"dropped a document, and will count further ones: {first}")
                     at["empty"] += 1
                 elif text is not None and self._is_wanted(text):
                     yield dict(at), text

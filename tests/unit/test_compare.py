@@ -134,6 +134,15 @@ def test_different_data_are_pointed_out(tmp_path, capsys):
     assert "warning: a and b were trained on different data" in capsys.readouterr().out
 
 
+def test_how_data_are_loaded_is_no_difference(tmp_path):
+    options = [{"num_workers": workers, "verify": workers == 2, "seed": 0} for workers in (0, 2)]
+    runs = [
+        make(tmp_path, name, data={"class_path": "PackedTokens", "init_args": some})
+        for name, some in zip("ab", options, strict=True)
+    ]
+    assert compare(runs)["warnings"] == []
+
+
 def test_command_writes_picture_and_json(tmp_path, capsys):
     runs = [make(tmp_path, "a"), make(tmp_path, "b")]
     assert main([*runs, "--json", str(tmp_path / "new" / "c.json")]) == 0

@@ -42,7 +42,7 @@ def test_lines_that_differ_in_the_phrasing_alone_are_one_fact(tmp_path):
             {"question": "LHR", "answer": " London ", "phrasing": "At {question} one is in"},
             {"question": "LHR", "answer": "London"},
             {"question": "CDG", "answer": "Paris", "ignored": 7},
-            {"question": "CDG", "answer": "France", "field": "country", "phrasing": None},
+            {"question": "CDG", "answer": "Paris", "field": "capital of its country", "phrasing": None},
         ],
     )
     facts, dropped = read_facts(source, None, None, False)
@@ -50,9 +50,22 @@ def test_lines_that_differ_in_the_phrasing_alone_are_one_fact(tmp_path):
     assert facts == [
         Fact("", "LHR", "London", ("At {question} one is in", "{question} serves")),
         Fact("", "CDG", "Paris", ("{question}",)),
-        Fact("country", "CDG", "France", ("{question}",)),
+        Fact("capital of its country", "CDG", "Paris", ("{question}",)),
     ]
     assert facts[0].prompt(facts[0].phrasings[1]) == "LHR serves"
+
+
+@pytest.mark.parametrize("phrasing", [None, "{question} is in"])
+def test_a_prompt_with_two_answers(tmp_path, phrasing):
+    lines = [
+        {"question": "LHR", "answer": "London", "field": "city", "phrasing": phrasing},
+        {"question": "LHR", "answer": "United Kingdom", "field": "country", "phrasing": phrasing},
+    ]
+    source = write(tmp_path / "facts.jsonl", lines)
+    prompt = "LHR" if phrasing is None else "LHR is in"
+    message = rf"data\.phrasings: make '{prompt}' begin two facts, with the answers 'London' and 'United Kin"
+    with pytest.raises(ConfigError, match=message):
+        read_facts(source, None, None, False)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson.gz", ".json.zst"])

@@ -311,6 +311,10 @@ def test_malformed_records_are_errors_unless_skipped_and_counted(tmp_path, caplo
         for batch in whole:
             module.advance(batch["cursor"])
     assert module.skipped == 6
+    with caplog.at_level("INFO"):
+        module.teardown("fit")
+    expected = "TextStream: 6 malformed records skipped, 0 empty documents dropped, 0 files unreadable in all"
+    assert caplog.messages[-1] == expected
     reports = [record.message for record in caplog.records if "epochs read" in record.message]
     assert reports == [
         f"TextStream: {epochs} epochs read; {3 * epochs} malformed records skipped, 0 empty documents "
