@@ -64,7 +64,7 @@ def test_a_loader_process_that_is_killed(tmp_path):
     batches = iter(stream(tmp_path).train_dataloader())
     next(batches)
     os.kill(children(os.getpid())[-1], signal.SIGKILL)
-    with pytest.raises(ConfigError, match=r"data\.num_workers: a loader process was killed.*DataLoader worker"):
+    with pytest.raises(ConfigError, match=r"data\.num_workers: a loader process was killed"):
         for _ in range(10_000):
             next(batches)
 
