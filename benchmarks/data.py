@@ -7,36 +7,42 @@ environment's, cut into documents of 0.5 to 16 KB; there are some hundred MB of 
 move on. Takes 25 minutes; needs 12 GB of disk for temporary files (TMPDIR says where).
 """
 
-import hashlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import active_children
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.commands import (
+    ROOT,
+    command,
+    cpu_seconds,
+    digests,
+    environment,
+    killed,
+    memory_of,
+    run,
+    write_json_lines,
+)
 from benchmarks.measure import Report, parse
 from data_modules.packed_tokens import PackedTokens
 from data_modules.prepared.manifest import Manifest, ShardInfo
 from data_modules.text_stream import TextStream
 from memlm.run_metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 BARS = {
     "prepare_vs_tokenizers": (0.80, ">="),
     "prepare_memory_gb": (1.5, "<="),
@@ -49,91 +55,6 @@ BARS = {
     "prepare_kills_differing": (0, "<="),
     "training_kills_differing": (0, "<="),
 }
-
-
-# -- text
-
-
-def documents(megabytes: float) -> Iterator[str]:
-    """Documents of so many megabytes in all, always the same for the same environment."""
-    rest, shift = megabytes * 1e6, 0
-    paths = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")}
-    files = sorted(
-        {f for p in paths for suffix in ("py", "md", "rst", "txt") for f in p.rglob(f"*.{suffix}")},
-        key=lambda file: hashlib.sha256(file.name.encode() + str(file.stat().st_size).encode()).digest(),
-    )
-    while rest > 0:
-        for file in files:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            generator = random.Random(f"{file.name} {shift}")
-            at = generator.randrange(4000) if shift else 0
-            while at < len(text) and rest > 0:
-                size = int(500 * 2 ** generator.uniform(0, 5))
-                document = text[at : at + size]
-                at += size
-                if document.strip():
-                    rest -= len(document.encode())
-                    yield document
-            if rest <= 0:
-                return
-        shift += 1
-
-
-def write_json_lines(path: Path, megabytes: float) -> None:
-    """Documents as JSON lines."""
-    with path.open("w", encoding="utf-8") as file:
-        for number, text in enumerate(documents(megabytes)):
-            file.write(json.dumps({"id": number, "text": text}) + "\n")
-
-
-# -- processes
-
-
-def command(*words: str) -> list[str]:
-    """memlm as a process of its own."""
-    return [sys.executable, "-m", "memlm", *words]
-
-
-def run(*words: str, **options: Any) -> float:
-    """Seconds that a command takes; its output is shown only if it fails."""
-    start = time.perf_counter()
-    done = subprocess.run(command(*words), capture_output=True, text=True, env=environment(), **options)
-    if done.returncode:
-        raise RuntimeError(f"memlm {' '.join(words)} failed:\n{done.stderr[-3000:]}")
-    return time.perf_counter() - start
-
-
-def environment() -> dict[str, str]:
-    """The environment of commands: this project first."""
-    return os.environ | {"PYTHONPATH": str(ROOT)}
-
-
-def memory_of(pid: int) -> int:
-    """Bytes that a process and its descendants hold, shared pages counted once (PSS)."""
-    total, waiting = 0, [pid]
-    while waiting:
-        process = waiting.pop()
-        try:
-            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:")):
-                    total += int(line.split()[1]) * 1024
-            for task in Path(f"/proc/{process}/task").iterdir():
-                waiting += map(int, (task / "children").read_text().split())
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return total
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system seconds of a process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 # -- preparing
@@ -362,20 +283,6 @@ def data_wait(report: Report, work: Path, folder: Path, steps: int) -> None:
 
 
 # -- kills
-
-
-def killed(words: list[str], cwd: Path, after: float) -> bool:
-    """Start a command and kill it with SIGKILL after so many seconds; whether it still ran."""
-    process = subprocess.Popen(
-        command(*words), cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        process.wait(after)
-        return False
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        return True
 
 
 def prepare_kills(report: Report, work: Path, megabytes: float, count: int) -> None:

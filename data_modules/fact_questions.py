@@ -124,7 +124,7 @@ class FactQuestions(LanguageDataModule):
         self.exposures_per_epoch = list(exposures_per_epoch)
         self.packing, self.loss_on, self.confine_attention = packing, loss_on, confine_attention
         self.evaluation_facts, self.test_facts = evaluation_facts, test_facts
-        self._guessed: dict[int | None, tuple[float, float]] = {}
+        self._guessed: dict[int | None, dict[str, float]] = {}
         longest = int(self.stated.lengths.max())
         if sequence_length is None:
             sequence_length = longest
@@ -148,20 +148,9 @@ class FactQuestions(LanguageDataModule):
     def _facts_fingerprint(self) -> str:
         return self.stated.fingerprint()
 
-    @property
-    def majority_baseline(self) -> float:
-        """Recall of the facts that validation asks, by the most common trained answer of their field."""
-        return self.guessed(test=False)[0]
-
-    @property
-    def nearest_baseline(self) -> float:
-        """The same by the answer of the trained question, other than the one asked, that is most like it."""
-        return self.guessed(test=False)[1]
-
-    def guessed(self, test: bool) -> tuple[float, float]:
-        """Both baselines on the trained facts that validation asks, or those that test does.
-
-        The second one is estimated from at most 2,000 of them.
+    def baselines(self, test: bool) -> dict[str, float]:
+        """Recall of the trained facts that are asked by the most common answer of their field, and by that of
+        the most similar other question (estimated from at most 2,000 of them).
         """
         count = self.test_facts if test else self.evaluation_facts
         if count not in self._guessed:
@@ -169,12 +158,8 @@ class FactQuestions(LanguageDataModule):
             most_common = majority_guesses(trained, trained[:count]).mean()
             # A question takes time in proportion to all questions; facts are in random order.
             nearest = nearest_guesses(trained, trained[:count][:MOST_COMPARED]).mean()
-            self._guessed[count] = float(most_common), float(nearest)
+            self._guessed[count] = {"recall_majority": float(most_common), "recall_nearest": float(nearest)}
         return self._guessed[count]
-
-    def baselines(self, test: bool) -> dict[str, float]:
-        most_common, nearest = self.guessed(test)
-        return {"recall_majority": most_common, "recall_nearest": nearest}
 
     def exposures(self, steps: int) -> list[float]:
         """How often a fact is stated within that many steps, for each entry of ``exposures_per_epoch``.
@@ -204,11 +189,11 @@ class FactQuestions(LanguageDataModule):
         if stage == "fit" and steps > 0:
             times = " / ".join(f"{count:.1f}" for count in self.exposures(steps))
             seen = f"{times} exposures of each by step {steps:,}; "
-        most_common, nearest = self.guessed(test=stage in ("test", "predict"))
+        guessed = self.baselines(test=stage in ("test", "predict"))
         rank_zero_info(
             f"{name}: {stated.trained:,} trained facts, {control:,} control facts; {seen}of the facts asked, "
-            f"the most common answer gets {most_common:.3f} right and that of the most similar question "
-            f"{nearest:.3f}"
+            f"the most common answer gets {guessed['recall_majority']:.3f} right and that of the most "
+            f"similar question {guessed['recall_nearest']:.3f}"
         )
         alone = int((~stated.has_held_out[: stated.trained]).sum())
         if alone:

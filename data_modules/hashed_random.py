@@ -30,6 +30,32 @@ def draw(count: int, *parts: ArrayLike) -> NDArray[np.int64]:
     return (hashed(*parts) % np.uint64(count)).astype(np.int64)
 
 
+class ShuffledEpochs:
+    """An endless sequence that goes through some items again and again, each time in a new random order.
+
+    Args:
+        items: Any numbers, int64 [n].
+        parts: Integers that choose the orders.
+    """
+
+    def __init__(self, items: NDArray[np.int64], *parts: int) -> None:
+        self.items, self._parts = items, parts
+        self._order: tuple[int, NDArray[np.int64]] = (-1, items)
+
+    def locate(
+        self, numbers: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Epoch, place in it, and item of these (ascending) numbers of the sequence, int64 [m] each."""
+        epoch, index = np.divmod(numbers, len(self.items))
+        found = [self._of(int(e))[index[epoch == e]] for e in np.unique(epoch)]
+        return epoch, index, np.concatenate(found)
+
+    def _of(self, epoch: int) -> NDArray[np.int64]:
+        if self._order[0] != epoch:
+            self._order = (epoch, self.items[permutation(len(self.items), *self._parts, epoch)])
+        return self._order[1]
+
+
 def permutation(count: int, *parts: int) -> NDArray[np.int64]:
     """A permutation of range(count), int64 [count]."""
     return np.argsort(hashed(*parts, np.arange(count)), kind="stable")

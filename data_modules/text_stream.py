@@ -115,11 +115,6 @@ class TextStream(LanguageDataModule):
         self._evaluation: dict[str, BatchSource] | None = None
         super().__init__(load_tokenizer(tokenizer), sequence_length, batch_size, num_workers)
 
-    @property
-    def skipped(self) -> int:
-        """Malformed records that were skipped in training so far, over all epochs and known lanes."""
-        return sum(at["skipped"] for positions in _known(self.cursor) for at in positions)
-
     def start(self) -> LaneCursor:
         streams = 1 if self.weights is None else len(self.sources)
         return {"row": 0, "lanes": [[Documents.start()] * streams] * self.lanes}

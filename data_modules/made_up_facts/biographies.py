@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
-from data_modules.hashed_random import draw, hashed, permutation
+from data_modules.hashed_random import ShuffledEpochs, draw, hashed, permutation
 from data_modules.made_up_facts.facts import NOTHING, Facts
 from data_modules.packing import Packing, as_batch
 from memlm.metrics import IGNORED
@@ -37,13 +37,12 @@ class Biographies(BatchSource):
         self.answers_only, self.confine_attention = answers_only, confine_attention
         self.longest = facts.document_length(np.max)
         self.shortest = facts.document_length(np.min)
-        self._order: tuple[int, NDArray[np.int64]] = (-1, occurrences)
+        self._epochs = ShuffledEpochs(occurrences, facts.seed, 12)
 
     def documents(self, numbers: NDArray[np.int64]) -> NDArray[np.int32]:
         """Tokens of the documents of these (ascending) numbers, int32 [n, L], with gaps of `NOTHING`."""
         facts = self.facts
-        epoch, index = np.divmod(numbers, len(self.occurrences))
-        person = np.concatenate([self._people(int(e), index[epoch == e]) for e in np.unique(epoch)])
+        epoch, index, person = self._epochs.locate(numbers)
         epoch, index, person = epoch[:, None], index[:, None], person[:, None]
         slots = np.arange(facts.attributes)
         attribute = np.argsort(hashed(facts.seed, 10, epoch, index, slots), axis=1)
@@ -54,12 +53,6 @@ class Biographies(BatchSource):
         clauses = np.concatenate([clauses, ends], axis=2).reshape(len(numbers), -1)
         start = np.full((len(numbers), 1), facts.tokenizer.eos_id, dtype=np.int32)
         return np.concatenate([start, facts.names[person[:, 0]], clauses], axis=1)
-
-    def _people(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            order = permutation(len(self.occurrences), self.facts.seed, 12, epoch)
-            self._order = (epoch, self.occurrences[order])
-        return self._order[1][index]
 
     def batches(
         self, cursor: Cursor, world: int, rank: int, worker: int = 0, workers: int = 1

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from data_modules.prepared.files import CHUNK, Progress, partial, publish, writing
+from data_modules.file_bytes import Progress, file_errors
+from data_modules.prepared.files import CHUNK, partial, publish, writing
 from memlm.errors import DataError
 
 COMPRESSED_SUFFIX = ".zst"
@@ -40,12 +41,8 @@ def stored_size(path: Path) -> int:
     import zstandard
 
     try:
-        with open(path, "rb") as file:
+        with file_errors(path), open(path, "rb") as file:
             return zstandard.frame_content_size(file.read(18))
-    except FileNotFoundError:
-        raise DataError(path, "no such file; this shard is missing") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
     except zstandard.ZstdError as error:
         raise DataError(path, f"is not compressed by zstandard ({error})") from None
 
@@ -123,7 +120,7 @@ def _expanded(path: Path) -> Iterator[bytes]:
     import zstandard
 
     try:
-        with open(path, "rb") as file:
+        with file_errors(path), open(path, "rb") as file:
             frame = zstandard.ZstdDecompressor().decompressobj()
             while data := file.read(CHUNK):
                 yield frame.decompress(data)
@@ -131,10 +128,6 @@ def _expanded(path: Path) -> Iterator[bytes]:
                     if frame.unused_data or file.read(1):
                         raise DataError(path, "is altered: something follows the end of its content")
                     return
-    except FileNotFoundError:
-        raise DataError(path, "no such file; this shard is missing") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
     except zstandard.ZstdError as error:
         raise DataError(path, f"is altered: it cannot be expanded ({error})") from None
     raise DataError(path, "is truncated: it ends before its content does")

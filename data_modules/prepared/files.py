@@ -3,18 +3,16 @@
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_modules.file_bytes import Progress, file_errors
 from memlm.errors import DataError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CHUNK = 1 << 20
 """Bytes read at a time."""
-
-Progress = Callable[[int], object]
-"""Is called now and then with the number of bytes consumed since the last call."""
 
 
 @contextmanager
@@ -72,12 +70,9 @@ def checksum(path: Path, progress: Progress | None = None) -> str:
         DataError: It cannot be read.
     """
     digest, buffer = hashlib.sha256(), bytearray(CHUNK)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-                if progress:
-                    progress(count)
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
+    with file_errors(path), open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            if progress:
+                progress(count)
     return digest.hexdigest()

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from data_modules.file_bytes import Progress
 from data_modules.prepared.compression import COMPRESSED_SUFFIX, expand_file, expanded_checksum, stored_size
-from data_modules.prepared.files import Progress, checksum, write_whole
+from data_modules.prepared.files import checksum, write_whole
 from data_modules.prepared.shard import Header, read_header
 from memlm.errors import DataError
 from memlm.tokenizers import Tokenizer, load_tokenizer

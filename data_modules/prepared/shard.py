@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from data_modules.file_bytes import file_errors
 from data_modules.prepared.files import partial, publish, writing
 from memlm.errors import DataError
 
@@ -107,14 +108,9 @@ def read_header(path: Path, expected_hash: str | None = None) -> Header:
     Raises:
         DataError: The file is missing, truncated, no shard, or made with another tokenizer.
     """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            start = file.read(HEADER_BYTES)
-            size = file.seek(0, 2)
-    except FileNotFoundError:
-        raise DataError(path, "no such file; this shard is missing") from None
-    except OSError as error:
-        raise DataError(path, f"cannot be read ({error.strerror or error})") from None
+    with file_errors(path), open(path, "rb", buffering=0) as file:
+        start = file.read(HEADER_BYTES)
+        size = file.seek(0, 2)
     if start[: len(MAGIC)] != MAGIC[: len(start)]:
         raise DataError(path, "is not a shard of tokens (it does not begin with 'memlmtok')")
     if len(start) < HEADER_BYTES:

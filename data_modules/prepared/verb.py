@@ -70,16 +70,7 @@ def prepare(
         raise ConfigError("workers", f"is {workers}; expected at least 1")
     used = load_tokenizer(tokenizer)
     files = find_files(paths, "paths")
-    for file in files:
-        if Path(output).resolve() in file.resolve().parents:
-            raise ConfigError("output", f"is {output}, which holds an input: {file}; expected another folder")
-    for path in paths:
-        if Path(path).is_dir() and Path(path).resolve() in [
-            Path(output).resolve(),
-            *Path(output).resolve().parents,
-        ]:
-            # What is written there would be among the inputs of the next command.
-            raise ConfigError("output", f"is {output}, within the input {path}; expected a folder outside")
+    _check_apart(Path(output).resolve(), paths, files)
     plan = Plan.of(files, options, used, skip_unreadable)
     faults = Faults(skip_malformed, skip_empty, skip_unreadable)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -93,6 +84,17 @@ def prepare(
         print(f"{output} is complete: {manifest.counts.tokens:,} tokens; nothing to do")
     else:
         print(summary(result))
+
+
+def _check_apart(output: Path, paths: list[str], files: list[Path]) -> None:
+    """What is written must not be among the inputs of the same command when it is run again."""
+    for file in files:
+        if output in file.resolve().parents:
+            raise ConfigError("output", f"is {output}, which holds an input: {file}; expected another folder")
+    for path in paths:
+        folder = Path(path).expanduser().resolve()
+        if folder.is_dir() and folder in (output, *output.parents):
+            raise ConfigError("output", f"is {output}, within the input {path}; expected a folder outside")
 
 
 def summary(result: Result) -> str:

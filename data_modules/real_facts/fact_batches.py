@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
-from data_modules.hashed_random import hashed, permutation
+from data_modules.hashed_random import ShuffledEpochs, hashed
 from data_modules.packing import Packing, as_batch
 from data_modules.real_facts.stated_facts import StatedFacts
 from memlm.metrics import IGNORED
@@ -45,21 +45,14 @@ class FactStatements(BatchSource):
         self.answers_only, self.confine_attention = answers_only, confine_attention
         self.lengths = stated.lengths
         self.longest, self.shortest = int(self.lengths.max()), int(self.lengths.min())
-        self._order: tuple[int, NDArray[np.int64]] = (-1, occurrences)
+        self._epochs = ShuffledEpochs(occurrences, stated.seed, 22)
 
     def statements(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which statements the documents of these (ascending) numbers are, int64 [n]."""
         stated = self.stated
-        epoch, index = np.divmod(numbers, len(self.occurrences))
-        fact = np.concatenate([self._facts(int(e), index[epoch == e]) for e in np.unique(epoch)])
+        epoch, index, fact = self._epochs.locate(numbers)
         choice = hashed(stated.seed, 21, epoch, index) % stated.trained_phrasings[fact].astype(np.uint64)
         return stated.first[fact] + choice.astype(np.int64)
-
-    def _facts(self, epoch: int, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            order = permutation(len(self.occurrences), self.stated.seed, 22, epoch)
-            self._order = (epoch, self.occurrences[order])
-        return self._order[1][index]
 
     def batches(
         self, cursor: Cursor, world: int, rank: int, worker: int = 0, workers: int = 1

@@ -349,14 +349,15 @@ def test_baselines_are_those_of_the_facts_asked(path, caplog):
     module = make(path, evaluation_facts=25, test_facts=10)
     trained = module.stated.facts[:72]
     common = Counter(fact.answer for fact in trained).most_common(1)[0][0]
-    assert module.majority_baseline == sum(fact.answer == common for fact in trained[:25]) / 25 > 0.1
-    assert module.guessed(test=True)[0] == sum(fact.answer == common for fact in trained[:10]) / 10
-    assert 0 <= module.nearest_baseline < 0.5  # colours are random
+    asked, tested = module.baselines(test=False), module.baselines(test=True)
+    assert asked["recall_majority"] == sum(fact.answer == common for fact in trained[:25]) / 25 > 0.1
+    assert tested["recall_majority"] == sum(fact.answer == common for fact in trained[:10]) / 10
+    assert 0 <= asked["recall_nearest"] < 0.5  # colours are random
     with caplog.at_level("INFO"):
         module.setup("fit")
     [line] = [record.message for record in caplog.records if record.message.startswith("FactQuestions")]
     assert "72 trained facts, 8 control facts;" in line
-    assert f"the most common answer gets {module.majority_baseline:.3f} right" in line
+    assert f"the most common answer gets {asked['recall_majority']:.3f} right" in line
 
 
 def test_ambiguous_questions_are_counted(tmp_path, caplog):

@@ -112,5 +112,5 @@ def test_what_is_written_must_not_be_among_the_inputs(tmp_path, monkeypatch, cap
     (tmp_path / "in" / "sub" / "a.jsonl").write_text('{"text": "one"}\n')
     words = [f'--paths=["{inputs}"]', "--tokenizer", "bytes", "--output", output]
     assert entry.main(["prepare", *words]) == 2
-    assert f"output: is {output}" in capsys.readouterr().err
+    assert f"output: is {tmp_path / output}" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "in", "sub"]
