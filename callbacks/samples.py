@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run_folder import run_folder
 from memlm.errors import ConfigError, DataError
-from memlm.generation import generate
+from memlm.generation import Sampling, generate
 from memlm.run_directory import write_text
 from memlm.tokenizers import Tokenizer
 
@@ -46,6 +46,7 @@ class Samples(Callback):
             ("max_new_tokens", max_new_tokens, 1),
             ("temperature", temperature, 0),
             ("top_k", top_k, 1),
+            ("seed", seed, 0),
         ):
             if value is not None and value < least:
                 raise ConfigError(
@@ -81,10 +82,8 @@ class Samples(Callback):
                 pl_module.transformer,
                 self._prompt_ids,
                 self.max_new_tokens,
-                self.temperature,
-                self.top_k,
-                self.seed,
-                self._tokenizer.eos_id,
+                Sampling(self.temperature, self.top_k, seed=self.seed),
+                eos_id=self._tokenizer.eos_id,
             )
         if not trainer.is_global_zero:
             return

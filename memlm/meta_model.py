@@ -67,7 +67,7 @@ class MetaModel(CommandLine):
         section = self.options.model.as_dict()
         init_args = section.get("init_args", {}) | {"vocab_size": self.vocab_size}
         with torch.device("meta"):
-            return _instantiate(LanguageModel, section | {"init_args": init_args})
+            return instantiate(LanguageModel, section | {"init_args": init_args})
 
     @cached_property
     def vocab_size(self) -> int:
@@ -104,10 +104,16 @@ class MetaModel(CommandLine):
 
     @cached_property
     def _data(self) -> LanguageDataModule:
-        return _instantiate(LanguageDataModule, self.options.data.as_dict())
+        return instantiate(LanguageDataModule, self.options.data.as_dict())
 
 
-def _instantiate(base: type, section: dict[str, Any]) -> Any:
+def instantiate(base: type, section: dict[str, Any]) -> Any:
+    """An object of a ``class_path`` and ``init_args``, as the command line would make it.
+
+    Args:
+        base: Class that it must be of.
+        section: Of a config.
+    """
     parser = Parser()
     # Not add_subclass_arguments: there null is a value too, and errors of constructors become ones of types.
     parser.add_argument("--it", type=base, required=True)

@@ -168,7 +168,12 @@ class EngramLayer(nn.Module):
 
     def address(self, inputs: Inputs) -> Tensor:
         """The slots that tokens read, ``[N, G]``: of the tokens alone, so that rows can be fetched ahead."""
-        return ngram_slots(inputs.tokens, inputs.documents, self.hashes)
+        if inputs.history is None:
+            return ngram_slots(inputs.tokens, inputs.documents, self.hashes)
+        back = len(self.hashes.multipliers) - 1
+        window = inputs.history.window("tokens", inputs.tokens, back, fill=-1)
+        slots = ngram_slots(window, None, self.hashes)
+        return slots.view(*window.shape, -1)[:, back:].flatten(0, 1)
 
     def forward(self, hidden: Tensor, pools: Sequence[MemoryPool], inputs: Inputs) -> Tensor:
         """Read.
@@ -182,7 +187,7 @@ class EngramLayer(nn.Module):
             ``[B, T, D]``.
         """
         (pool,) = pools
-        slots = self.address(inputs).view(-1, 1)
+        slots = self.address(inputs).reshape(-1, 1)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         # Rows are joined and not added: a bag of one row for every token and table.
         rows = pool.read(slots, torch.ones_like(slots, dtype=wide))
@@ -191,7 +196,7 @@ class EngramLayer(nn.Module):
         logit = (self.hidden_norm(hidden) * self.key_norm(key)).sum(-1, keepdim=True, dtype=wide)
         output = (logit * hidden.shape[-1] ** -0.5).sigmoid().to(hidden.dtype) * self.value(memory)
         if self.convolution is not None and self.convolution_norm is not None:
-            output = output + F.silu(self.convolution(self.convolution_norm(output), inputs.documents))
+            output = output + F.silu(self.convolution(self.convolution_norm(output), inputs))
         return output.to(hidden.dtype)
 
     def flops(self, sequence_length: int) -> Flops:
@@ -231,11 +236,17 @@ class CausalConvolution(nn.Module):
         self.dilation = dilation
         self.weight = nn.Parameter(torch.empty(taps, dim))
 
-    def forward(self, x: Tensor, documents: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
         """``sum over i of weight[i] * x[t - i * dilation]``, ``[B, T, D]`` to ``[B, T, D]``.
 
         What lies before the row, or in another document, counts as zero.
         """
+        if inputs.history is None:
+            return self._convolve(x, inputs.documents)
+        back = (len(self.weight) - 1) * self.dilation
+        return self._convolve(inputs.history.window("convolution", x, back), None)[:, back:]
+
+    def _convolve(self, x: Tensor, documents: Tensor | None) -> Tensor:
         length = x.shape[1]
         output = x * self.weight[0]
         for tap in range(1, len(self.weight)):

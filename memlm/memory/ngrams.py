@@ -70,7 +70,7 @@ def ngram_slots(tokens: Tensor, documents: Tensor | None, hashes: NgramHashes) -
     that differ in one token alone are spread less evenly than chance would.
 
     Args:
-        tokens: ``[B, T]`` integer, from 0 to ``2^31 - 2``.
+        tokens: ``[B, T]`` integer, from 0 to ``2^31 - 2``; -1 stands for what lies before the row.
         documents: ``[B, T]`` document indices, or None where a row is one document.
         hashes: Of the pool.
 

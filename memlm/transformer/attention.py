@@ -7,33 +7,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memlm.cost import Flops, products
+from memlm.transformer.cache import BlockCache
 from memlm.transformer.config import RopeScaling, TransformerConfig
 
 
 def rotary_table(
-    length: int, head_dim: int, theta: float, device: torch.device, scaling: RopeScaling | None = None
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions (RoFormer, arXiv 2104.09864; Llama's half-split layout).
 
     Args:
-        length: ``T``, positions from 0.
+        positions: ``[..., T]`` integer, from 0.
         head_dim: Elements of a head, even.
         theta: Base of the frequencies.
-        device: Of the result.
         scaling: Which pairs turn slower, None for none. With yarn cosines and sines are multiplied by
             ``0.1 ln(factor) + 1`` (arXiv 2309.00071, section 3.3), and with them queries and keys.
 
     Returns:
-        Two ``[length, head_dim]`` fp32 tensors; element ``d`` and ``d + head_dim/2`` form a pair.
+        Two ``[..., T, head_dim]`` fp32 tensors; element ``d`` and ``d + head_dim/2`` form a pair.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    )
     size = 1.0
     if scaling is not None:
         slowed = _slowed(frequency, theta, scaling)
         frequency = frequency * (1 - slowed) + frequency / scaling.factor * slowed
         if scaling.kind == "yarn":
             size = 0.1 * math.log(scaling.factor) + 1
-    angle = torch.outer(torch.arange(length, dtype=torch.float32, device=device), frequency)
+    angle = positions.unsqueeze(-1) * frequency
     angle = torch.cat((angle, angle), dim=-1)
     return angle.cos() * size, angle.sin() * size
 
@@ -97,13 +99,20 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=bias)
         self.output = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        history: BlockCache | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             hidden: ``[B, T, D]``.
             rotary: From :func:`rotary_table` for ``T`` positions.
-            mask: From :func:`document_mask`, or None for plain causal attention.
+            mask: From :func:`document_mask` or :meth:`Cache.begin`; None for plain causal attention.
+            history: Keys and values of earlier positions, to which those of these are added.
 
         Returns:
             ``[B, T, D]``.
@@ -111,8 +120,17 @@ class Attention(nn.Module):
         query = rotate(self._heads(self.query(hidden)), rotary)
         key = rotate(self._heads(self.key(hidden)), rotary)
         value = self._heads(self.value(hidden))
+        if history is not None:
+            key = history.extend("key", key.transpose(1, 2)).transpose(1, 2)
+            value = history.extend("value", value.transpose(1, 2)).transpose(1, 2)
         output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            # A single token after others attends to all of them.
+            is_causal=mask is None and query.shape[2] == key.shape[2],
+            enable_gqa=self.heads != self.kv_heads,
         )
         return self.output(output.transpose(1, 2).flatten(2))
 

@@ -1,12 +1,15 @@
 """The decoder: embedding, blocks, output layer."""
 
 from collections.abc import Sequence
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from memlm.errors import ConfigError
 from memlm.memory import Inputs, MemoryPlan, MemoryPool, Placed
 from memlm.transformer.attention import Attention, document_mask, rotary_table
+from memlm.transformer.cache import BlockCache, Cache
 from memlm.transformer.config import TransformerConfig
 from memlm.transformer.feed_forward import SwiGLU
 from memlm.transformer.initialization import initialise
@@ -53,7 +56,8 @@ class Block(nn.Module):
         own = [pools[name] for name in self.pool_names]
         if self.memory is not None and self.mode == "before":
             hidden = hidden + self.memory(hidden, own, inputs)
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask)
+        history = cast(BlockCache | None, inputs.history)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, history)
         normed = self.feed_forward_norm(hidden)
         if self.feed_forward is not None:
             hidden = hidden + self.feed_forward(normed)
@@ -130,26 +134,65 @@ class Transformer(nn.Module):
             if isinstance(block.feed_forward, MixtureOfExperts)
         }
 
-    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+        last: bool = False,
+    ) -> Tensor:
         """Next-token logits.
 
         Args:
             tokens: ``[B, T]`` int64.
             documents: ``[B, T]`` document indices that confine attention, or None.
+            cache: The tokens before these, to which these are added; rows are padded on the right.
+            counts: ``[B]`` int64 on the CPU: how many of each row's ``T`` tokens are no padding, at least
+                one. Default: all. Goes with ``cache``.
+            last: Whether logits are wanted after each row's last token alone.
 
         Returns:
-            ``[B, T, vocab_size]``.
+            ``[B, T, vocab rows]``; with ``last`` ``[B, 1, vocab rows]``.
+        """
+        hidden = self.hidden_states(tokens, documents, cache, counts)
+        if last and counts is None:
+            hidden = hidden[:, -1:]
+        elif last and counts is not None:
+            rows = torch.arange(len(counts), device=hidden.device)
+            hidden = hidden[rows, (counts - 1).to(hidden.device)].unsqueeze(1)
+        return self.output(hidden)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """What the output layer maps to logits, ``[B, T, D]``; arguments as of :meth:`forward`.
+
+        Raises:
+            ValueError: Both ``documents`` and ``cache`` are given.
         """
         config = self.config
-        rotary = rotary_table(
-            tokens.shape[1], config.resolved_head_dim, config.rope_theta, tokens.device, config.rope_scaling
-        )
         mask = None if documents is None else document_mask(documents)
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        elif documents is None:
+            positions, mask = cache.begin(tokens.shape[1], tokens.device)
+        else:
+            raise ValueError("documents cannot be told apart in what a cache holds")
+        rotary = rotary_table(positions, config.resolved_head_dim, config.rope_theta, config.rope_scaling)
         inputs = Inputs(tokens, documents)
         hidden = self.embedding(tokens)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            if cache is not None:
+                inputs = inputs._replace(history=cache.blocks[index])
             hidden = block(hidden, rotary, mask, self.pools, inputs)
-        return self.output(self.norm(hidden))
+        if cache is not None:
+            cache.advance(counts, tokens.shape[1])
+        return self.norm(hidden)
 
 
 def _check_places(moe: MoEConfig, replaced: set[int], depth: int) -> None:

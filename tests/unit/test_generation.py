@@ -1,13 +1,12 @@
 import math
-from collections import Counter
 
 import pytest
 import torch
 from torch import nn
 
-from memlm.generation import generate
-from memlm.memory import MemoryConfig
-from memlm.transformer import Transformer, TransformerConfig
+from memlm.generation import Sampling, choose, generate
+from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
+from memlm.transformer import MoEConfig, Transformer, TransformerConfig
 
 
 class Counting(nn.Module):
@@ -15,33 +14,51 @@ class Counting(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.one = nn.Parameter(torch.ones(()))
+        self.embedding = nn.Embedding(10, 1)
+        self.blocks = nn.ModuleList()
         self.dropout = nn.Dropout()
         self.modes = []
+        self.rows = []
 
-    def forward(self, tokens):
+    def forward(self, tokens, cache, counts=None, last=False):
+        assert last
         self.modes.append(self.training)
-        return nn.functional.one_hot((tokens + 1) % 10, 10) * self.one
+        self.rows.append(len(tokens))
+        cache.advance(counts, tokens.shape[1])
+        ends = torch.full((len(tokens),), tokens.shape[1]) if counts is None else counts
+        newest = tokens[torch.arange(len(tokens)), ends - 1].unsqueeze(1)
+        return nn.functional.one_hot((newest + 1) % 10, 10).float()
 
 
-class Fixed(nn.Module):
-    """The same logits everywhere."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = nn.Parameter(torch.tensor(logits))
-
-    def forward(self, tokens):
-        return self.logits.expand(*tokens.shape, -1)
+PLANS = {
+    "dense": (None, None),
+    "memory": (MemoryConfig(half_keys=8, heads=2, reads=4, key_dim=8, layers=[1]), None),
+    "peer": (PEERConfig(half_keys=8, heads=2, reads=4, key_dim=8, layers=[0, 1]), None),
+    "engram": (EngramConfig(slots=500, heads=2, layers=[0, 2], orders=[2, 3]), None),
+    "experts": (None, MoEConfig(experts=4, top_k=2)),
+}
 
 
-@pytest.fixture
-def transformer():
+@pytest.fixture(params=PLANS)
+def transformer(request):
     torch.manual_seed(0)
-    config = TransformerConfig(16, 2, 2, feed_forward_dim=16)
-    model = Transformer(30, config, MemoryConfig(half_keys=8, heads=2, reads=4, key_dim=8, layers=[1]))
-    nn.init.normal_(model.output.weight)  # far from uniform, so that greedy choices are no ties
+    config = TransformerConfig(16, 3, 4, kv_heads=2, feed_forward_dim=16)
+    model = Transformer(30, config, *PLANS[request.param])
+    for parameter in model.parameters():  # far from uniform, so that greedy choices are no ties
+        nn.init.normal_(parameter, std=0.5)
     return model
+
+
+def brute_force(model, prompt, new):
+    """Every token computed from the whole sequence again."""
+    ids = list(prompt)
+    modes = model.training
+    model.eval()
+    with torch.no_grad():
+        for _ in range(new):
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    model.train(modes)
+    return ids[len(prompt) :]
 
 
 def test_counts_on_from_ragged_prompts():
@@ -52,74 +69,140 @@ def test_a_document_ends_with_eos():
     assert generate(Counting(), [[3], [0]], 5, eos_id=6) == [[4, 5, 6], [1, 2, 3, 4, 5]]
     model = Counting()
     assert generate(model, [[3], [4]], 100, eos_id=6) == [[4, 5, 6], [5, 6]]
-    assert len(model.modes) == 3  # and not a hundred
+    assert model.rows == [2, 2, 1]  # and not a hundred; an ended row is not computed
 
 
-def test_greedy_against_one_prompt_at_a_time(transformer):
-    prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
+def test_a_continuation_stops_where_the_caller_says():
+    seen = []
+
+    def stop(ids):
+        seen.append(list(ids))
+        return sum(ids) > 8
+
+    assert generate(Counting(), [[1], [7]], 9, stop=stop) == [[2, 3, 4], [8, 9]]
+    assert sorted(seen) == [[2], [2, 3], [2, 3, 4], [8], [8, 9]]
+
+
+def test_tokens_are_reported_as_they_come():
+    told = []
+    new = generate(Counting(), [[1, 1], [7], [3, 3]], 2, on_token=lambda *at: told.append(at), batch_size=2)
+    assert told == [(1, 8), (0, 2), (1, 9), (0, 3), (2, 4), (2, 5)]  # the shortest prompts come first
+    assert new == [[2, 3], [8, 9], [4, 5]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_greedy_against_the_whole_sequence_again(transformer, batch_size):
+    torch.manual_seed(1)
+    prompts = [torch.randint(30, (n,)).tolist() for n in (5, 1, 70, 2, 5)]
+    expected = [brute_force(transformer, prompt, 8) for prompt in prompts]
+    assert generate(transformer, prompts, 8, batch_size=batch_size) == expected
+    assert len({tuple(ids) for ids in expected}) > 2
+
+
+def test_greedy_where_rows_end_at_different_times(transformer):
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     expected = []
-    transformer.eval()
     for prompt in prompts:
-        ids = list(prompt)
-        for _ in range(6):
-            ids.append(int(transformer(torch.tensor([ids]))[0, -1].argmax()))
-        expected.append(ids[len(prompt) :])
-    assert generate(transformer, prompts, 6) == expected
-    assert len({tuple(ids) for ids in expected}) == 3
+        ids = brute_force(transformer, prompt, 12)
+        ends = [place for place, token in enumerate(ids) if token % 3 == 0]
+        expected.append(ids[: ends[0] + 1] if ends else ids)
+    assert generate(transformer, prompts, 12, stop=lambda ids: ids[-1] % 3 == 0) == expected
+    assert len({len(ids) for ids in expected}) > 1
 
 
 def test_a_seed_decides_and_the_global_state_stays(transformer):
-    prompts = [[1], [2, 3]]
+    prompts = [[1], [2, 3], [4, 5]]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = generate(transformer, prompts, 8, temperature=1.0, seed=3)
-    generate(transformer, prompts, 8, temperature=1.0)
+    first = generate(transformer, prompts, 8, Sampling(1.0, seed=3))
+    generate(transformer, prompts, 8, Sampling(1.0))
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    assert generate(transformer, prompts, 8, temperature=1.0, seed=3) == first
-    assert generate(transformer, prompts, 8, temperature=1.0, seed=4) != first
+    assert generate(transformer, prompts, 8, Sampling(1.0, seed=3)) == first
+    assert generate(transformer, prompts, 8, Sampling(1.0, seed=4)) != first
 
 
-def test_without_a_seed_samples_differ():
-    model = Fixed([0.0] * 50)
-    assert generate(model, [[0]], 20, temperature=1.0) != generate(model, [[0]], 20, temperature=1.0)
+def test_a_prompt_is_sampled_alike_in_any_batch(transformer):
+    prompts = [[1], [2, 3], [4, 5, 6]]
+    first = generate(transformer, prompts, 8, Sampling(1.0, seed=3))
+    assert generate(transformer, prompts, 8, Sampling(1.0, seed=3), batch_size=1) == first
+    assert generate(transformer, prompts[:1], 8, Sampling(1.0, seed=3)) == first[:1]
+    same = generate(transformer, [[1], [1]], 8, Sampling(1.0, seed=3))
+    assert same[0] == first[0]
+    assert same[1] != same[0]
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_without_a_seed_samples_differ(transformer):
+    sampling = Sampling(5.0)
+    assert generate(transformer, [[0]], 20, sampling) != generate(transformer, [[0]], 20, sampling)
+
+
+def shares(logits, sampling, draws=4001):
+    """How often each token is chosen, over evenly spread draws."""
+    points = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
+    chosen = choose(torch.tensor(logits).expand(draws, -1), sampling, points)
+    return (torch.bincount(chosen, minlength=len(logits)) / draws).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_follow_the_softmax(temperature):
     logits = [1.0, 0.0, -1.0, float("-inf")]
-    drawn = Counter(
-        ids[0] for ids in generate(Fixed(logits), [[0]] * 20_000, 1, temperature=temperature, seed=0)
-    )
     weights = [math.exp(logit / temperature) for logit in logits]
-    for token, weight in enumerate(weights):
-        # Four standard deviations of a share of 20,000 draws are below 0.0142.
-        assert drawn[token] / 20_000 == pytest.approx(weight / sum(weights), abs=0.0142)
-    assert drawn[3] == 0
+    expected = [weight / sum(weights) for weight in weights]
+    assert shares(logits, Sampling(temperature)) == pytest.approx(expected, abs=1e-3)
 
 
-def test_top_k_leaves_the_likeliest_only():
-    model = Fixed([0.0, 3.0, 1.0, 2.9, -1.0])
-    drawn = [ids[0] for ids in generate(model, [[0]] * 500, 1, temperature=3.0, top_k=2, seed=0)]
-    assert set(drawn) == {1, 3}
-    everything = [ids[0] for ids in generate(model, [[0]] * 500, 1, temperature=3.0, top_k=99, seed=0)]
-    assert set(everything) == {0, 1, 2, 3, 4}
+def logs(*probabilities):
+    return [math.log(probability) for probability in probabilities]
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"top_k": 2}, [0, 2]),
+        ({"top_k": 99}, [0, 1, 2, 3]),
+        ({"top_p": 0.5}, [0]),  # alone it reaches one half
+        ({"top_p": 0.51}, [0, 2]),
+        ({"top_p": 0.80}, [0, 2]),
+        ({"top_p": 0.81}, [0, 2, 3]),
+        ({"top_p": 1.0}, [0, 1, 2, 3]),
+        ({"min_p": 0.25}, [0, 2, 3]),
+        ({"min_p": 0.31}, [0, 2]),
+        ({"min_p": 0.0}, [0, 1, 2, 3]),
+        ({"top_k": 2, "top_p": 0.6}, [0]),  # of the two that are left the first has 5 / 8
+        ({"top_p": 0.9, "min_p": 0.5}, [0, 2]),
+    ],
+)
+def test_limits(limits, kept):
+    probabilities = [0.5, 0.05, 0.3, 0.15]
+    expected = [p if token in kept else 0 for token, p in enumerate(probabilities)]
+    expected = [p / sum(expected) for p in expected]
+    assert shares(logs(*probabilities), Sampling(1.0, **limits)) == pytest.approx(expected, abs=1e-3)
+
+
+def test_limits_hold_after_the_temperature():
+    # At temperature 1/2 the probabilities 0.6, 0.3, 0.1 become their squares' shares: 0.78, 0.20, 0.02.
+    assert shares(logs(0.6, 0.3, 0.1), Sampling(0.5, top_p=0.75)) == [1, 0, 0]
+    assert shares(logs(0.6, 0.3, 0.1), Sampling(0.5, min_p=0.3)) == [1, 0, 0]
+    assert shares(logs(0.6, 0.3, 0.1), Sampling(1.0, min_p=0.3))[1] > 0
+
+
+def test_equals_are_all_kept_by_top_k():
+    assert min(shares([0.0, 0.0, -9.0, 0.0], Sampling(1.0, top_k=2))[place] for place in (0, 1, 3)) > 0.3
 
 
 @pytest.mark.parametrize(("draw", "token"), [(0.0, 1), (0.25, 1), (0.5, 2), (1.0, 2)])
-def test_tokens_without_probability_are_never_drawn(monkeypatch, draw, token):
-    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **options: torch.full(shape, draw, dtype=dtype))
-    model = Fixed([float("-inf"), 2.0, 2.0])
-    assert generate(model, [[0]], 1, temperature=1.0) == [[token]]
+def test_tokens_without_probability_are_never_drawn(draw, token):
+    logits = torch.tensor([[float("-inf"), 2.0, 2.0]])
+    assert choose(logits, Sampling(1.0), torch.tensor([draw], dtype=torch.float64)).tolist() == [token]
 
 
 def test_a_tiny_temperature_is_greedy():
-    logits = [500.0, 501.0, 500.5]
-    assert generate(Fixed(logits), [[0]], 5, temperature=1e-6, seed=0) == [[1] * 5]
+    assert shares([500.0, 501.0, 500.5], Sampling(1e-6)) == [0, 1, 0]
 
 
 def test_logits_that_are_no_numbers_do_not_fail():
-    ((token,),) = generate(Fixed([float("nan")] * 4), [[0]], 1, temperature=1.0, seed=0)
+    (token,) = choose(torch.full((1, 4), float("nan")), Sampling(1.0), torch.tensor([0.5]).double()).tolist()
     assert 0 <= token < 4
 
 
@@ -133,7 +216,7 @@ def test_every_module_returns_to_its_mode():
 
 def test_modes_return_after_a_failure():
     class Breaks(Counting):
-        def forward(self, tokens):
+        def forward(self, tokens, **options):
             raise RuntimeError("broken")
 
     model = Breaks()
@@ -143,6 +226,7 @@ def test_modes_return_after_a_failure():
     assert model.dropout.training
 
 
+@pytest.mark.parametrize("transformer", ["memory"], indirect=True)
 def test_no_gradient_is_recorded(transformer):
     generate(transformer, [[1]], 2)
     assert transformer.pools["main"].gradient.compact() is None
@@ -153,14 +237,25 @@ def test_nothing_to_do():
     assert generate(Counting(), [[1], [2]], 0) == [[], []]
 
 
+def test_wrong_arguments():
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generate(Counting(), [[1], []], 1)
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        generate(Counting(), [[1]], 1, batch_size=0)
+
+
 @pytest.mark.parametrize(
-    ("prompts", "options", "message"),
+    ("options", "message"),
     [
-        ([[1], []], {}, "a prompt is empty"),
-        ([[1]], {"temperature": -0.1}, "temperature is -0.1"),
-        ([[1]], {"top_k": 0}, "top_k is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_wrong_arguments(prompts, options, message):
+def test_wrong_sampling(options, message):
     with pytest.raises(ValueError, match=message):
-        generate(Counting(), prompts, 1, **options)
+        Sampling(**options)

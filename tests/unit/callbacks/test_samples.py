@@ -10,7 +10,7 @@ from callbacks.random_state import random_state
 from callbacks.run_directory import RunDirectory
 from callbacks.samples import Samples
 from memlm.errors import ConfigError
-from memlm.generation import generate
+from memlm.generation import Sampling, generate
 from memlm.loggers import MetricsLogger, TensorBoard
 from memlm.run_directory import RunFiles
 from memlm.tokenizers import ByteTokenizer
@@ -40,7 +40,7 @@ def test_samples_of_every_validation(facts, model, trainer, tmp_path, name, caps
     assert list(written) == [3, 6]
     eos = facts.tokenizer.eos_id
     # The weights are those of step 6 still.
-    ids = generate(model.transformer, [[eos], [eos, 10, 11]], 5, 0.7, 20, 4, eos)
+    ids = generate(model.transformer, [[eos], [eos, 10, 11]], 5, Sampling(0.7, 20, seed=4), eos_id=eos)
     assert written[6] == [
         f"    [] {facts.tokenizer.decode(ids[0])}",
         f"    [{name}] {facts.tokenizer.decode(ids[1])}",

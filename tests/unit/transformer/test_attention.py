@@ -64,7 +64,7 @@ def test_equals_naive_attention(heads, options, confined):
     layer = Attention(config).double()
     hidden = torch.randn(2, 9, 24, dtype=torch.float64)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1, 2]]) if confined else None
-    table = rotary_table(9, config.resolved_head_dim, config.rope_theta, hidden.device)
+    table = rotary_table(torch.arange(9), config.resolved_head_dim, config.rope_theta)
     output = layer(hidden, table, None if documents is None else document_mask(documents))
     for row in range(2):
         expected = naive_attention(layer, config, hidden[row], None if documents is None else documents[row])
@@ -74,7 +74,7 @@ def test_equals_naive_attention(heads, options, confined):
 
 def test_scores_depend_on_relative_positions_only():
     query, key = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    table = rotary_table(200, 8, 10_000.0, torch.device("cpu"))
+    table = rotary_table(torch.arange(200), 8, 10_000.0)
     at = [rotate(x.expand(200, 8), table) for x in (query, key)]
     for distance in (0, 1, 37):
         scores = (at[0][distance:] * at[1][: 200 - distance]).sum(-1)
@@ -100,7 +100,7 @@ def test_flops_equal_torch_s_counter_forward_and_backward(options, length):
     config = TransformerConfig(**options)
     layer = Attention(config)
     hidden = torch.randn(2, length, config.dim, requires_grad=True)
-    table = rotary_table(length, config.resolved_head_dim, config.rope_theta, hidden.device)
+    table = rotary_table(torch.arange(length), config.resolved_head_dim, config.rope_theta)
     # As matrix products: the counter does not know the fused attention of the CPU.
     with sdpa_kernel(SDPBackend.MATH):
         with FlopCounterMode(display=False) as forward:

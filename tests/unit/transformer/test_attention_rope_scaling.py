@@ -8,8 +8,6 @@ import torch
 from memlm.transformer.attention import rotary_table
 from memlm.transformer.config import RopeScaling
 
-CPU = torch.device("cpu")
-
 
 def llama3_frequency(plain, factor, length, low, high):
     """By wavelengths, as Llama 3.1's description puts it."""
@@ -48,8 +46,8 @@ def assert_same(table, expected):
 
 
 def test_linear_scaling_is_positions_divided():
-    table = rotary_table(61, 12, 100.0, CPU, RopeScaling("linear", 4.0))
-    plain = rotary_table(16, 12, 100.0, CPU)
+    table = rotary_table(torch.arange(61), 12, 100.0, RopeScaling("linear", 4.0))
+    plain = rotary_table(torch.arange(16), 12, 100.0)
     for scaled, part in zip(table, plain, strict=True):
         torch.testing.assert_close(scaled[::4], part, rtol=1e-6, atol=1e-6)
 
@@ -57,7 +55,7 @@ def test_linear_scaling_is_positions_divided():
 @pytest.mark.parametrize("head_dim,theta,length", [(16, 100.0, 32), (32, 10_000.0, 64), (64, 500_000.0, 128)])
 @pytest.mark.parametrize("turns", [(None, None), (0.5, 3.0)])
 def test_llama3_scaling(head_dim, theta, length, turns):
-    table = rotary_table(200, head_dim, theta, CPU, RopeScaling("llama3", 8.0, length, *turns))
+    table = rotary_table(torch.arange(200), head_dim, theta, RopeScaling("llama3", 8.0, length, *turns))
     low, high = turns[0] or 1.0, turns[1] or 4.0
     plain = [theta ** (-2 * d / head_dim) for d in range(head_dim // 2)]
     scaled = [llama3_frequency(frequency, 8.0, length, low, high) for frequency in plain]
@@ -78,7 +76,7 @@ def test_llama3_scaling(head_dim, theta, length, turns):
     ],
 )
 def test_yarn_scaling(head_dim, theta, length, turns):
-    table = rotary_table(200, head_dim, theta, CPU, RopeScaling("yarn", 16.0, length, *turns))
+    table = rotary_table(torch.arange(200), head_dim, theta, RopeScaling("yarn", 16.0, length, *turns))
     slow, fast = turns[0] or 1.0, turns[1] or 32.0
     scaled = [yarn_frequency(d, head_dim, theta, 16.0, length, slow, fast) for d in range(head_dim // 2)]
     assert_same(table, table_of(scaled, 200, size=0.1 * math.log(16) + 1))
@@ -87,6 +85,6 @@ def test_yarn_scaling(head_dim, theta, length, turns):
 @pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
 def test_a_factor_of_one_changes_nothing(kind):
     length = None if kind == "linear" else 32
-    scaled = rotary_table(50, 16, 100.0, CPU, RopeScaling(kind, 1.0, length))
-    for part, plain in zip(scaled, rotary_table(50, 16, 100.0, CPU), strict=True):
+    scaled = rotary_table(torch.arange(50), 16, 100.0, RopeScaling(kind, 1.0, length))
+    for part, plain in zip(scaled, rotary_table(torch.arange(50), 16, 100.0), strict=True):
         torch.testing.assert_close(part, plain, rtol=1e-6, atol=1e-6)
