@@ -1,0 +1,1 @@
+"""What the memory of a model knows: which slots are read, when, and what is lost without them."""
