@@ -7,6 +7,7 @@ YAML under ``trainer.callbacks`` by its class name.
 from callbacks.expert_load import ExpertLoad
 from callbacks.samples import Samples
 from callbacks.slot_usage import SlotUsage
+from callbacks.tasks import Tasks
 from callbacks.throughput import Throughput
 
-__all__ = ["ExpertLoad", "Samples", "SlotUsage", "Throughput"]
+__all__ = ["ExpertLoad", "Samples", "SlotUsage", "Tasks", "Throughput"]

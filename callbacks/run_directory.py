@@ -1,15 +1,14 @@
 """The files that describe a run: config.yaml, environment.json, model.json, test.json, predictions.jsonl."""
 
 import json
-import os
 import shutil
 import time
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from callbacks.prediction_file import PredictionFile
 from memlm.run_directory import RunFiles, describe_environment, now, write_json, write_text
 
 
@@ -46,7 +45,7 @@ class RunDirectory(Callback):
         self._environment: dict[str, Any] = {}
         self._training_since: float | None = None
         self._validating_since: float | None = None
-        self._predictions: TextIO | None = None
+        self._predictions: PredictionFile | None = None
 
     # -- fit
 
@@ -82,7 +81,7 @@ class RunDirectory(Callback):
             self._training_since = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_training_clock()
+        self.stop_training_clock()
         self._validating_since = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -91,19 +90,18 @@ class RunDirectory(Callback):
             self._validating_since = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_training_clock()
+        self.stop_training_clock()
         self._finish(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop_training_clock()
+        self.stop_training_clock()
         if self._environment and self.fresh and trainer.global_step == 0:
             # Nothing was trained: the corrected command shall find the directory free.
             shutil.rmtree(self.files.directory)
             self._environment = {}
         self._finish(trainer, pl_module, f"stopped by {type(exception).__name__}")
         if self._predictions is not None:
-            self._predictions.close()
-            self._unfinished().unlink()
+            self._predictions.abandon()
 
     def state_dict(self) -> dict[str, Any]:
         running = 0.0 if self._training_since is None else time.perf_counter() - self._training_since
@@ -125,8 +123,10 @@ class RunDirectory(Callback):
         write_json(self.files.test, metrics | self.source)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._writes(trainer):
-            self._predictions = self._unfinished().open("w", encoding="utf-8")
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._predictions = PredictionFile(
+                self.files.predictions, trainer.global_rank, trainer.world_size
+            )
 
     def on_predict_batch_end(
         self,
@@ -138,22 +138,20 @@ class RunDirectory(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if self._predictions is not None:
-            self._predictions.writelines(json.dumps(record) + "\n" for record in outputs)
+            self._predictions.write(outputs)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._predictions is not None:
-            self._predictions.close()
-            os.replace(self._unfinished(), self.files.predictions)
+            self._predictions.finish(trainer.strategy.barrier)
+            self._predictions = None
 
     # -- helpers
 
     def _writes(self, trainer: Trainer) -> bool:
         return trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
-    def _unfinished(self) -> Path:
-        return self.files.predictions.with_name(f".{self.files.predictions.name}.tmp")
-
-    def _stop_training_clock(self) -> None:
+    def stop_training_clock(self) -> None:
+        """What follows, until the next batch, is no training."""
         if self._training_since is not None:
             self.train_seconds += time.perf_counter() - self._training_since
             self._training_since = None

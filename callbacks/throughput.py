@@ -86,15 +86,17 @@ class Throughput(Callback):
             self._flops_per_token = counts.flops_per_token + counts.backward_flops_per_token
             self._value_bytes_per_token = counts.bytes_read_per_token
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def stop_training_clock(self, device: torch.device) -> None:
+        """What follows, until the next batch, is no training."""
         if self._running_since is not None:
-            _finish_queued_work(pl_module.device)
+            _finish_queued_work(device)
             self._stop()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.stop_training_clock(pl_module.device)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._running_since is not None:
-            _finish_queued_work(pl_module.device)
-            self._stop()
+        self.stop_training_clock(pl_module.device)
         self._release(trainer)
         if self._window is not None and self._measured_step < trainer.global_step > self._window[0]:
             # The last step had no row, or stopped a run that expected to go on.

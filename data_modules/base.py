@@ -106,6 +106,8 @@ class LanguageDataModule(LightningDataModule):
     - ``answers`` int64 [B, T], evaluation of facts only: the right token at answer positions, else -100;
     - ``group`` int64 [B], with ``answers``: 0 held-out phrasing, 1 phrasing seen in training, 2 control,
       -1 a row that only pads the batch (all its targets and answers are -100);
+    - ``exposures`` int64 [B], with ``answers`` where facts are trained unequally often: index into
+      ``exposure_levels`` of how often the fact is trained, -1 for the control and for padding;
     - ``cursor``, training only: the position in the data after this batch of all ranks, in plain integers.
 
     The training stream never ends (``trainer.max_steps`` bounds a run) and depends on nothing but the data,
@@ -135,6 +137,8 @@ class LanguageDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.cursor: Cursor = self.start()
+        self.prompts: BatchSource | None = None
+        """What is predicted in the place of the evaluation data; None for nothing else."""
         self._training_stream: _Stream | None = None
 
     @abstractmethod
@@ -162,6 +166,11 @@ class LanguageDataModule(LightningDataModule):
         return {}
 
     @property
+    def exposure_levels(self) -> tuple[int, ...]:
+        """The different numbers of times that facts are trained in an epoch; recall is measured by each."""
+        return ()
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids."""
         return self.tokenizer.vocab_size
@@ -178,7 +187,10 @@ class LanguageDataModule(LightningDataModule):
         )
 
     def _evaluation_dataloaders(self, test: bool) -> list[DataLoader]:
-        streams = [_Stream(s, self.start(), *self.world) for s in self.evaluation_sources(test).values()]
+        return self._loaders(list(self.evaluation_sources(test).values()))
+
+    def _loaders(self, sources: list[BatchSource]) -> list[DataLoader]:
+        streams = [_Stream(source, self.start(), *self.world) for source in sources]
         return [_Loader(stream, batch_size=None, collate_fn=_as_is) for stream in streams]
 
     def val_dataloader(self) -> list[DataLoader]:
@@ -188,6 +200,8 @@ class LanguageDataModule(LightningDataModule):
         return self._evaluation_dataloaders(test=True)
 
     def predict_dataloader(self) -> list[DataLoader]:
+        if self.prompts is not None:
+            return self._loaders([self.prompts])
         return self._evaluation_dataloaders(test=True)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

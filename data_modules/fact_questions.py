@@ -32,6 +32,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from data_modules.base import BatchSource, LanguageDataModule
+from data_modules.exposures import Exposures
 from data_modules.packing import Packing
 from data_modules.real_facts.fact_batches import FactStatements, Questions
 from data_modules.real_facts.fact_sources import read_facts
@@ -62,7 +63,8 @@ class FactQuestions(LanguageDataModule):
         control: Share of the facts that is never trained, in any phrasing.
         held_out_phrasings: Phrasings of each fact that are never trained for it. One is always trained.
         exposures_per_epoch: How often a fact is stated in an epoch, each time in one of its trained
-            phrasings. With several numbers facts take them in turn.
+            phrasings. With several numbers facts take them in turn, and recall is also measured by them
+            (``recall_4x``).
         tokenizer: 'bytes', or a tokenizer's file such as a Hugging Face tokenizer.json.
         sequence_length: Tokens in a training row. By default the longest statement.
         batch_size: Sequences per step on each device.
@@ -148,6 +150,10 @@ class FactQuestions(LanguageDataModule):
     def _facts_fingerprint(self) -> str:
         return self.stated.fingerprint()
 
+    @property
+    def exposure_levels(self) -> tuple[int, ...]:
+        return Exposures(self.exposures_per_epoch).levels
+
     def baselines(self, test: bool) -> dict[str, float]:
         """Recall of the trained facts that are asked by the most common answer of their field, and by that of
         the most similar other question (estimated from at most 2,000 of them).
@@ -204,7 +210,7 @@ class FactQuestions(LanguageDataModule):
 
     def _occurrences(self) -> np.ndarray:
         facts = np.arange(self.stated.trained)
-        return np.repeat(facts, np.array(self.exposures_per_epoch)[facts % len(self.exposures_per_epoch)])
+        return np.repeat(facts, Exposures(self.exposures_per_epoch).of(facts))
 
     def training_source(self) -> FactStatements:
         return FactStatements(
@@ -225,5 +231,6 @@ class FactQuestions(LanguageDataModule):
             self.batch_size * max(1, self.sequence_length // length),
             self.loss_on == "answers",
             self.confine_attention,
+            Exposures(self.exposures_per_epoch),
         )
         return {"all": questions}

@@ -32,6 +32,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from data_modules.base import BatchSource, LanguageDataModule
+from data_modules.exposures import Exposures
 from data_modules.made_up_facts.biographies import Biographies, Prompts
 from data_modules.made_up_facts.facts import Facts
 from data_modules.packing import Packing
@@ -55,7 +56,8 @@ class SyntheticFacts(LanguageDataModule):
         name_words: Words (tokens) of a name, 2 or 3.
         name_vocabulary: Different words at each position of a name.
         exposures_per_epoch: How often a person's biography occurs in an epoch. With several numbers people
-            take them in turn, for instance [1, 2, 4] to see how recall depends on exposures.
+            take them in turn, for instance [1, 2, 4] to see how recall depends on exposures: it is then also
+            measured by them (``recall_4x``).
         sequence_length: Tokens in a training row. By default the longest biography.
         batch_size: Sequences per step on each device.
         packing: 'documents' puts one biography in each row and pads it, 'concatenate' cuts the stream of all
@@ -143,6 +145,10 @@ class SyntheticFacts(LanguageDataModule):
         """Recall of answering each attribute with its most common value."""
         return self.facts.majority_baseline
 
+    @property
+    def exposure_levels(self) -> tuple[int, ...]:
+        return Exposures(self.exposures_per_epoch).levels
+
     def baselines(self, test: bool) -> dict[str, float]:
         return {"recall_majority": self.majority_baseline}
 
@@ -175,7 +181,7 @@ class SyntheticFacts(LanguageDataModule):
 
     def training_source(self) -> Biographies:
         people = np.arange(self.facts.people)
-        times = np.array(self.exposures_per_epoch)[people % len(self.exposures_per_epoch)]
+        times = Exposures(self.exposures_per_epoch).of(people)
         return Biographies(
             self.facts,
             np.repeat(people, times),
@@ -195,5 +201,6 @@ class SyntheticFacts(LanguageDataModule):
             self.batch_size * max(1, self.sequence_length // length),
             self.loss_on == "answers",
             self.confine_attention,
+            Exposures(self.exposures_per_epoch),
         )
         return {"all": prompts}

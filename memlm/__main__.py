@@ -26,8 +26,13 @@ class Verb(NamedTuple):
 VERBS = (
     Verb("fit", "train a model: memlm fit --config configs/quickstart.yaml", "memlm.cli:fit"),
     Verb("validate", "run the validation set of a config on a checkpoint", "memlm.cli:validate"),
-    Verb("test", "run the test set of a config on a checkpoint and write test.json", "memlm.cli:test"),
-    Verb("predict", "write the model's answers to predictions.jsonl", "memlm.cli:predict"),
+    Verb("test", "measure a checkpoint on the test set and the tasks of a config", "memlm.cli:test"),
+    Verb("predict", "answer the data's questions, or prompts, in predictions.jsonl", "memlm.cli:predict"),
+    Verb("generate", "continue prompts: memlm generate runs/quickstart --prompt X", "memlm.generate_verb:main"),
+    Verb("lm-eval", "run tasks of lm-evaluation-harness", "memlm.evaluation.lm_eval_verb:main"),
+    Verb("inspect", "show what a prompt reads, and what a slot answers to", "memlm.inspection.verb:main"),
+    Verb("export", "write a model as a Hugging Face folder", "memlm.export_verb:main"),
+    Verb("import", "make a run of an exported or a Hugging Face folder", "memlm.import_verb:main"),
     Verb("compare", "print one table of several runs and draw their curves", "memlm.compare:main"),
     Verb(
         "params",

@@ -19,6 +19,7 @@ from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from callbacks.random_state import RandomState
 from callbacks.run_directory import RunDirectory
 from data_modules.base import LanguageDataModule
+from data_modules.prompts import PromptsConfig, PromptSource
 from memlm.discovery import import_all
 from memlm.errors import ConfigError
 from memlm.huggingface import read_architecture
@@ -78,6 +79,8 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(RunConfig, "run")
+        if self.verb == "predict":
+            parser.add_class_arguments(PromptsConfig, "prompts")
         parser.link_arguments("data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -172,6 +175,9 @@ class CommandLine(LightningCLI):
             raise
         self.datamodule = self.config_init[self.verb].data
         self.model = self.config_init[self.verb].model
+        if self.verb == "predict" and (prompts := self.config_init.predict.prompts) != PromptsConfig():
+            tokenizer, context = self.datamodule.tokenizer, self.datamodule.sequence_length
+            self.datamodule.prompts = PromptSource(prompts, tokenizer, context)
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

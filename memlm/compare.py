@@ -54,6 +54,8 @@ _QUALITIES = (
     "recall_control",
     "recall_majority",
 )
+_FURTHER = r"(val|test)/(.+/bits_per_byte|recall\w*_\d+x)|tasks/.+"
+"""Qualities that only some runs have: of each evaluation set, of facts by exposures, of tasks."""
 
 
 class Run:
@@ -79,6 +81,7 @@ class Run:
         self.model = _read_json(self.files.model)
         self.environment = _read_json(self.files.environment)
         self.test = _read_json(self.files.test)
+        self.tasks = _read_json(self.files.tasks).get("tasks", {})
 
     def validated(self) -> dict[str, float]:
         """The last validation: metric values and ``step``; empty if none ran."""
@@ -86,7 +89,7 @@ class Run:
         return rows[-1] if rows else {}
 
     def measures(self, on_test: bool) -> dict[str, Any]:
-        """Values of MEASURES, None where the run does not tell, and of each evaluation set by its name."""
+        """Values of MEASURES, None where the run does not tell, and qualities that only some runs have."""
         tokens = self.environment.get("tokens") or self._last("train/tokens")
         seconds = self.environment.get("train_seconds") or self._last("train/seconds")
         speed = tokens / seconds if tokens and seconds else self._last("train/tokens_per_second")
@@ -101,8 +104,19 @@ class Run:
             "tokens_per_second": speed,
             "train_seconds": seconds,
             **{prefix + key: source.get(prefix + key) for key in _QUALITIES},
-            # Of several sets of evaluation data each has its own.
-            **{key: value for key, value in source.items() if re.fullmatch(f"{prefix}.+/bits_per_byte", key)},
+            **{key: value for key, value in source.items() if re.fullmatch(_FURTHER, key)},
+            **self._task_figures(on_test),
+        }
+
+    def _task_figures(self, on_test: bool) -> dict[str, float]:
+        """Those of ``tasks.json``, or the last that were logged in training."""
+        if not on_test:
+            names = dict.fromkeys(key for row in self.metrics for key in row if key.startswith("tasks/"))
+            return {name: value for name in names if (value := self._last(name)) is not None}
+        return {
+            f"tasks/{task}/{metric}": float(estimate["value"])
+            for task, result in self.tasks.items()
+            for metric, estimate in result["metrics"].items()
         }
 
     def measured(self, on_test: bool) -> str:
@@ -143,7 +157,8 @@ def compare(directories: list[str]) -> dict[str, Any]:
 
     Returns:
         ``measured_on`` (test or validation), ``warnings``, and ``runs``: for each its directory,
-        ``measured``, the values of MEASURES, and bits per byte of every evaluation set if there are several.
+        ``measured``, the values of MEASURES, bits per byte of every evaluation set if there are several,
+        recall by exposures, and the figures of tasks.
 
     Raises:
         DataError: if one of them is not a run directory.
@@ -152,7 +167,10 @@ def compare(directories: list[str]) -> dict[str, Any]:
     on_test = all(run.test for run in runs)
     return {
         "measured_on": "test" if on_test else "validation",
-        "warnings": _differences(runs) + _left_aside(runs, on_test) + _outdated(runs, on_test),
+        "warnings": _differences(runs)
+        + _left_aside(runs, on_test)
+        + _outdated(runs, on_test)
+        + _other_weights(runs, on_test),
         "runs": [
             {"run": str(run.files.directory), "measured": run.measured(on_test), **run.measures(on_test)}
             for run in runs
@@ -170,10 +188,9 @@ def table(comparison: dict[str, Any]) -> str:
         values = [run[prefix + measure.key if is_quality else measure.key] for run in runs]
         shown = ["-" if value is None else measure.form(value) for value in values]
         lines.append([prefix + measure.name if is_quality else measure.name, *shown])
-    for key in dict.fromkeys(key for run in runs for key in run if key.endswith("/bits_per_byte")):
-        if key.count("/") > 1:
-            values = [run.get(key) for run in runs]
-            lines.append([key, *("-" if value is None else f"{value:.4f}" for value in values)])
+    for key in dict.fromkeys(key for run in runs for key in run if re.fullmatch(_FURTHER, key)):
+        values = [run.get(key) for run in runs]
+        lines.append([key, *("-" if value is None else f"{value:.4f}" for value in values)])
     lines.append(["measured on", *(run["measured"] for run in runs)])
     widths = [max(len(line[column]) for line in lines) for column in range(len(runs) + 1)]
     lines.insert(1, ["-" * width for width in widths])
@@ -240,6 +257,16 @@ def _outdated(runs: list[Run], on_test: bool) -> list[str]:
         f"{run.name} was tested at step {run.test['step']} and trained to step {steps:.0f}: test it again"
         for run, steps in trained
         if steps is not None and "step" in run.test and run.test["step"] < steps
+    ]
+
+
+def _other_weights(runs: list[Run], on_test: bool) -> list[str]:
+    """One warning for each task that was evaluated on other weights than the test set."""
+    return [
+        f"{run.name} was tested at step {run.test['step']} and evaluated on {task} at step {result['step']}"
+        for run in runs
+        for task, result in run.tasks.items()
+        if on_test and "step" in run.test and result.get("step", run.test["step"]) != run.test["step"]
     ]
 
 

@@ -116,7 +116,8 @@ class LanguageModel(pl.LightningModule):
         if evaluated is not None:
             sets = list(data.evaluation_sources(evaluated == "test")) if data is not None else ["all"]
             self.losses[evaluated] = TokenLoss(token_bytes, sets).to(device)
-            self.recalls[evaluated] = FactRecall().to(device)
+            exposures = data.exposure_levels if data is not None else ()
+            self.recalls[evaluated] = FactRecall(exposures).to(device)
         if self._compile:
             self.transformer.compile()
 
@@ -227,7 +228,7 @@ class LanguageModel(pl.LightningModule):
         logits = self(batch["tokens"], batch.get("documents"))
         self.losses[stage].update(logits, batch["targets"], index)
         if "answers" in batch:
-            self.recalls[stage].update(logits, batch["answers"], batch["group"])
+            self.recalls[stage].update(logits, batch["answers"], batch["group"], batch.get("exposures"))
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
@@ -253,11 +254,20 @@ class LanguageModel(pl.LightningModule):
             self.log("train/tokens", float(self.tokens_seen))
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """For every question of an evaluation batch: the prompt, the right answer and the greedy one."""
+        """A record of every continuation of a batch of prompts, or of every question of an evaluation batch:
+        the prompt, the right answer and the greedy one.
+        """
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        if "prompts" in batch:
+            return batch["prompts"].records(self.transformer, tokenizer)
         if "answers" not in batch:
-            raise ConfigError("data", "has no questions to predict answers for; memlm predict needs facts")
+            raise ConfigError(
+                "data",
+                "has no questions to predict answers for; memlm predict needs facts, or prompts: "
+                "--prompts.file prompts.txt",
+            )
         best = self(batch["tokens"], batch.get("documents")).argmax(-1)
-        decode = self.trainer.datamodule.tokenizer.decode  # type: ignore[attr-defined]
+        decode = tokenizer.decode
         records = []
         for tokens, answers, predicted, group in zip(
             batch["tokens"], batch["answers"], best, batch["group"], strict=True

@@ -91,37 +91,50 @@ class FactRecall(Metric):
     """Share of facts whose whole answer the model ranks first, token by token.
 
     With the right prefix given, all answer tokens ranking first is the same as greedy decoding
-    producing exactly the answer.
+    producing exactly the answer. Where facts were trained unequally often, those of each frequency have
+    figures of their own, too.
+
+    Args:
+        exposures: The different numbers of times that facts occur in an epoch; one alone tells nothing.
     """
 
     full_state_update = False
     recalled: Tensor
     asked: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, exposures: Sequence[int] = ()) -> None:
         super().__init__()
+        self.exposures = tuple(exposures) if len(exposures) > 1 else ()
         for name in ("recalled", "asked"):
-            self.add_state(name, torch.zeros(len(RECALL_GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
+            # The last column: facts that are not told apart by exposures (all of the control).
+            zeros = torch.zeros(len(RECALL_GROUPS), len(self.exposures) + 1, dtype=torch.float64)
+            self.add_state(name, zeros, dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, answers: Tensor, group: Tensor) -> None:
+    def update(self, logits: Tensor, answers: Tensor, group: Tensor, exposures: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
             logits: ``[B, T, vocab]``.
             answers: ``[B, T]`` int64, -100 where nothing is asked; rows without any answer do not count.
             group: ``[B]`` int64, index into RECALL_GROUPS; rows of group -1 (padding) do not count.
+            exposures: ``[B]`` int64, index into the numbers of exposures, -1 for facts never trained.
         """
         expected = answers != IGNORED
         asked = (expected.any(dim=1) & (group >= 0)).double()
         recalled = ((logits.argmax(-1) == answers) | ~expected).all(dim=1) * asked
-        index = group.clamp(min=0)
-        self.recalled.index_add_(0, index, recalled)
-        self.asked.index_add_(0, index, asked)
+        columns = len(self.exposures) + 1
+        column = exposures if exposures is not None and columns > 1 else torch.full_like(group, -1)
+        index = group.clamp(min=0) * columns + torch.where(column < 0, columns - 1, column)
+        self.recalled.view(-1).index_add_(0, index, recalled)
+        self.asked.view(-1).index_add_(0, index, asked)
 
     def compute(self) -> dict[str, Tensor]:
-        """Recall of every group that was asked for."""
-        return {
-            name: (self.recalled[index] / self.asked[index]).float()
-            for index, name in enumerate(RECALL_GROUPS)
-            if self.asked[index]
-        }
+        """Recall of every group that was asked for; and of its facts of 4 exposures as ``recall_4x``."""
+        result = {}
+        for name, recalled, asked in zip(RECALL_GROUPS, self.recalled, self.asked, strict=True):
+            if asked.sum():
+                result[name] = (recalled.sum() / asked.sum()).float()
+            for times, right, count in zip(self.exposures, recalled, asked, strict=False):
+                if count:
+                    result[f"{name}_{times}x"] = (right / count).float()
+        return result

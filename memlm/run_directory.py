@@ -40,6 +40,7 @@ class RunFiles:
         self.model = self.directory / "model.json"
         self.metrics = self.directory / "metrics.csv"
         self.test = self.directory / "test.json"
+        self.tasks = self.directory / "tasks.json"
         self.predictions = self.directory / "predictions.jsonl"
         self.checkpoints = self.directory / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"

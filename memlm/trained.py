@@ -201,7 +201,7 @@ def _of_data(run: RunFiles, name: str | None) -> tuple[Tokenizer, int]:
     if not section:
         raise DataError(
             run.config,
-            "has no data section (or does not exist); expected one, for the tokenizer and the sequence length "
+            "has no data section (or does not exist); expected one, for tokenizer and sequence length "
             "of training",
         )
     init_args = section.get("init_args") or {}

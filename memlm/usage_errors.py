@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def usage_error(message: str, config_files: list[str]) -> UserError:
                 return DataError(file, f"is not valid YAML: {error.problem or error}", line)
             except (yaml.YAMLError, UnicodeDecodeError) as error:
                 return DataError(file, f"is not valid YAML: {error}")
-    if required := re.search(r"arguments are required: (.*)", message):
+    in_class = re.search(r"Problem with given class_path '[^']+':\s+the following arguments", message)
+    if (required := re.search(r"arguments are required: (.*)", message)) and not in_class:
         keys = ", ".join(key.split(".", 1)[-1] for key in required[1].split(", "))
         return UsageError(f"{keys}: needed, but not set; pass --config FILE.yaml (of a run: its config.yaml)")
     return UsageError(explain(message))
@@ -48,8 +51,13 @@ def config_files_of(arguments: list[str]) -> list[str]:
     return files
 
 
-def explain(message: str) -> str:
-    """``key: what is wrong`` from a message of jsonargparse; other messages are put on one line."""
+def explain(message: str, owner: str | None = None) -> str:
+    """``key: what is wrong`` from a message of jsonargparse; other messages are put on one line.
+
+    Args:
+        message: The message.
+        owner: The class path whose options the message is about, None for those of the command line.
+    """
     found = re.match(r'\s*Parser key "([^"]+)":\s*(.*)', message, re.DOTALL)
     if not found:
         option = _unknown_option(message)
@@ -62,14 +70,18 @@ def explain(message: str) -> str:
         if problem:
             class_path, inner = problem.groups()
             if 'Parser key "' in inner:
-                inner_key, reason = explain(inner).split(": ", 1)
+                inner_key, reason = explain(inner, class_path).split(": ", 1)
                 return f"{key}.{inner_key}: {reason}"
             if option := _unknown_option(inner):
                 return f"{key}.{option}: is not an option of {class_path.rsplit('.', 1)[-1]}"
-            return f"{key}: {class_path.rsplit('.', 1)[-1]}: {' '.join(inner.split())}"
+            name = class_path.rsplit(".", 1)[-1]
+            if required := re.match(r"the following arguments are required: (.*)", inner):
+                return f"{key}: {name}: {required[1]}: needed, but not set"
+            return f"{key}: {name}: {' '.join(inner.split())}"
     for alternative in alternatives:
         if unknown := re.match(r"Expected a dot import path string: (.*)", alternative):
-            return f"{key}: no class {unknown[1]!r} is known{_suggestions(unknown[1], body)}"
+            base = _base_named(body) or (owner and _base_of_option(owner, key))
+            return f"{key}: no class {unknown[1]!r} is known{_suggestions(unknown[1], base)}"
     reasons = list(dict.fromkeys(_readable(alternative) for alternative in alternatives))
     value = f"is {given[1]}, " if given else ""
     return f"{key}: {value}{' or '.join(reasons)}"
@@ -103,14 +115,32 @@ def _readable(text: str) -> str:
     return re.sub(r"^Expected an? ", "expected ", text)
 
 
-def _suggestions(name: str, body: str) -> str:
-    base = re.search(r"<class '([\w.]+)'>", body)
-    if not base or "." not in base[1]:
+def _base_named(body: str) -> Any:
+    """The class that a message names as the base of those it expects."""
+    named = re.search(r"<class '([\w.]+)'>", body)
+    if not named or "." not in named[1]:
+        return None
+    module, class_name = named[1].rsplit(".", 1)
+    return getattr(importlib.import_module(module), class_name)
+
+
+def _base_of_option(owner: str, option: str) -> Any:
+    """The class of an option's value, or of the entries of its list, from its owner's signature."""
+    module, class_name = owner.rsplit(".", 1)
+    constructor = getattr(importlib.import_module(module), class_name).__init__
+    try:
+        hint = typing.get_type_hints(constructor).get(option)
+    except NameError:  # written for a type checker alone
+        return None
+    while typing.get_args(hint):
+        hint = typing.get_args(hint)[0]
+    return hint if isinstance(hint, type) else None
+
+
+def _suggestions(name: str, base: Any) -> str:
+    if base is None:
         return ""
-    module, class_name = base[1].rsplit(".", 1)
-    names = sorted(
-        {cls.__name__ for cls in _subclasses(getattr(importlib.import_module(module), class_name))}
-    )
+    names = sorted({cls.__name__ for cls in _subclasses(base) if not inspect.isabstract(cls)})
     close = difflib.get_close_matches(name.rsplit(".", 1)[-1], names, n=3)
     if close:
         return f"; did you mean {' or '.join(close)}?"

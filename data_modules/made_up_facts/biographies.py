@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
+from data_modules.exposures import Exposures
 from data_modules.hashed_random import ShuffledEpochs, draw, hashed, permutation
 from data_modules.made_up_facts.facts import NOTHING, Facts
 from data_modules.packing import Packing, as_batch
@@ -104,9 +105,17 @@ class Prompts(BatchSource):
     """Evaluation batches of `SyntheticFacts`: a name and one clause in each row, the groups evenly mixed."""
 
     def __init__(
-        self, facts: Facts, count: int | None, length: int, rows: int, answers_only: bool, confine: bool
+        self,
+        facts: Facts,
+        count: int | None,
+        length: int,
+        rows: int,
+        answers_only: bool,
+        confine: bool,
+        exposures: Exposures,
     ) -> None:
         self.facts, self.length, self.rows = facts, length, rows
+        self.exposures = exposures
         self.answers_only, self.confine_attention = answers_only, confine
         trained = self._some_facts(0, facts.people, count)
         control = self._some_facts(facts.people, facts.control, count)
@@ -142,4 +151,5 @@ class Prompts(BatchSource):
             targets = np.where(counted & (group == 0)[:, None], sentence, IGNORED)
             answers = np.where(is_value & (group >= 0)[:, None], sentence, IGNORED)
             batch = as_batch(tokens, targets, eos, self.confine_attention)
-            yield batch | {"answers": torch.from_numpy(answers), "group": torch.from_numpy(group.copy())}
+            extra = {"answers": answers, "group": group.copy(), **self.exposures.batch(person, group)}
+            yield batch | {key: torch.from_numpy(value) for key, value in extra.items()}

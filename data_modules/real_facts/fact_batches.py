@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from data_modules.base import Batch, BatchSource, Cursor
+from data_modules.exposures import Exposures
 from data_modules.hashed_random import ShuffledEpochs, hashed
 from data_modules.packing import Packing, as_batch
 from data_modules.real_facts.stated_facts import StatedFacts
@@ -115,6 +116,7 @@ class Questions(BatchSource):
         rows: Of a batch.
         answers_only: Whether only answers are targets.
         confine_attention: Whether to number the documents of a row.
+        exposures: How often facts are trained.
 
     Attributes:
         table: Statement, group, and whether its loss counts, of each row, int64 [rows of all batches, 3].
@@ -122,9 +124,16 @@ class Questions(BatchSource):
     """
 
     def __init__(
-        self, stated: StatedFacts, count: int | None, rows: int, answers_only: bool, confine_attention: bool
+        self,
+        stated: StatedFacts,
+        count: int | None,
+        rows: int,
+        answers_only: bool,
+        confine_attention: bool,
+        exposures: Exposures,
     ) -> None:
         self.stated, self.rows = stated, rows
+        self.exposures = exposures
         self.answers_only, self.confine_attention = answers_only, confine_attention
         # The facts are in random order already.
         asked = np.arange(stated.trained)[:count]
@@ -156,10 +165,13 @@ class Questions(BatchSource):
             targets = np.where(counted, tokens, IGNORED)[:, 1:]
             answers = np.where(is_answer & (group >= 0)[:, None], tokens, IGNORED)[:, 1:]
             batch = as_batch(tokens[:, :-1], targets, eos, self.confine_attention)
-            yield batch | {
-                "answers": torch.from_numpy(answers.copy()),
-                "group": torch.from_numpy(group.copy()),
+            fact = np.searchsorted(self.stated.first, statement, side="right") - 1
+            extra = {
+                "answers": answers.copy(),
+                "group": group.copy(),
+                **self.exposures.batch(fact, group),
             }
+            yield batch | {key: torch.from_numpy(value) for key, value in extra.items()}
 
 
 def padded(

@@ -12,7 +12,7 @@ from numba.extending import intrinsic, overload
 
 
 @intrinsic
-def _float_from_bits(typing_context, bits):
+def float_from_bits(typing_context, bits):
     """The float32 whose bits an uint32 holds."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -29,7 +29,7 @@ def as_float32(element):
 @overload(as_float32, inline="always")
 def _as_float32(element):
     if element == types.uint16:
-        return lambda element: _float_from_bits(np.uint32(np.uint32(element) << np.uint32(16)))  # type: ignore[call-arg]
+        return lambda element: float_from_bits(np.uint32(np.uint32(element) << np.uint32(16)))  # type: ignore[call-arg]
     if element == types.float32:
         return lambda element: element
     return None

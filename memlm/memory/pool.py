@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from memlm.kernels import operators
 from memlm.kernels.checks import check_dot, check_read
+from memlm.memory.file_rows import FileRows
 from memlm.memory.row_gradient import RowGradient
 
 Operator = Callable[[Tensor, Tensor, Tensor, str, int, bool], Tensor]
@@ -35,6 +36,8 @@ class MemoryPool(nn.Module):
             and at every dot with weights of one. ``N`` is a multiple of the batch's tokens where a token
             reads in several parts. They run inside the forward pass, and interrupt a compiled graph: keep
             them free of host synchronisation.
+        file_rows: If not None, rows are read from the values' file: see
+            :func:`memlm.memory.mapped.bound_residency`.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MemoryPool(nn.Module):
         self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype))
         self.gradient = RowGradient(slots, kernels, alone)
         self.observers: list[Callable[[Tensor, Tensor], None]] = []
+        self.file_rows: FileRows | None = None
 
     def initialise(self, residual_scale: float) -> None:
         """Values normal with std ``V^-1/2`` (released code of the paper), or zero.
@@ -108,6 +112,13 @@ class MemoryPool(nn.Module):
             observe(slots, weights)
 
     def _apply_operator(self, operator: Operator, slots: Tensor, factors: Tensor) -> Tensor:
+        if self.file_rows is not None:
+            kernels = self.gradient.kernels
+            return self.file_rows.apply(
+                lambda table, _, numbers, own: operator(table, numbers, own, kernels, 0, False),
+                slots,
+                factors,
+            )
         compiling = torch.compiler.is_compiling()
         if compiling and self.values.requires_grad and not factors.requires_grad:
             return self._apply_outside(operator, slots, factors)

@@ -200,3 +200,26 @@ def test_broken_run_directories(tmp_path, spoil, message):
 def test_no_such_run(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         compare([str(tmp_path / "absent")])
+
+
+def test_tasks_and_recall_by_exposures(tmp_path):
+    csv = (
+        "step,val/loss,val/recall_4x,tasks/piqa/acc,tasks/book/loss\n"
+        "1,,,0.25,3.5\n2,3.0,0.75,,\n3,,,0.5,\n4,2.5,0.875,,\n"
+    )
+    both = [make(tmp_path, "a", metrics=csv), make(tmp_path, "b")]
+    text = table(compare(both))
+    assert line(text, "val/recall_4x") == ["0.8750", "-"]
+    assert line(text, "tasks/piqa/acc") == ["0.5000", "-"]
+    assert line(text, "tasks/book/loss") == ["3.5000", "-"]
+
+    result = {"metrics": {"acc": {"value": 0.625}, "perplexity": {"value": "inf"}}, "step": 9}
+    tested = make(tmp_path, "c", metrics=csv, test=TEST | {"test/recall_seen_phrasing_1x": 0.5})
+    (tmp_path / "c" / "tasks.json").write_text(json.dumps({"tasks": {"piqa": result}}))
+    comparison = compare([tested])
+    text = table(comparison)
+    assert line(text, "tasks/piqa/acc") == ["0.6250"]
+    assert line(text, "tasks/piqa/perplexity") == ["inf"]
+    assert line(text, "test/recall_seen_phrasing_1x") == ["0.5000"]
+    assert "tasks/book/loss" not in text and "val/recall_4x" not in text
+    assert "c was tested at step 4 and evaluated on piqa at step 9" in comparison["warnings"]

@@ -47,8 +47,8 @@ def test_unknown_verb():
     assert (code, out) == (2, "")
     assert err == (
         "memlm: error: unknown verb 'fti'; "
-        "the verbs are fit, validate, test, predict, compare, params, tokenizer, prepare, verify, "
-        "completion\n"
+        "the verbs are fit, validate, test, predict, generate, lm-eval, inspect, export, import, compare, "
+        "params, tokenizer, prepare, verify, completion\n"
     )
 
 

@@ -99,9 +99,37 @@ def test_padding_rows_do_not_count():
     answers = torch.tensor([[-100, 3], [-100, -100], [-100, -100]])
     metric.update(logits_for([[0, 4], [0, 0], [1, 1]]), answers, torch.tensor([0, -1, -1]))
     assert metric.compute() == {"recall": 0.0}
-    assert metric.asked.tolist() == [1, 0, 0]
+    assert metric.asked.sum(1).tolist() == [1, 0, 0]
     metric.update(logits_for([[0, 0]]), torch.tensor([[-100, -100]]), torch.tensor([0]))  # asks nothing
-    assert metric.asked.tolist() == [1, 0, 0]
+    assert metric.asked.sum(1).tolist() == [1, 0, 0]
+
+
+def test_recall_by_exposures_against_counting_them():
+    torch.manual_seed(0)
+    levels = (1, 4, 9)
+    metric = FactRecall(levels)
+    counted: dict[str, list[bool]] = {}
+    for _ in range(5):
+        group = torch.randint(-1, 3, (12,))
+        exposures = torch.where((group == 0) | (group == 1), torch.randint(0, 3, (12,)), -1)
+        answers = torch.where(group < 0, -100, torch.randint(0, 2, (12,))).unsqueeze(1)
+        predicted = torch.randint(0, 2, (12, 1))
+        metric.update(logits_for(predicted.tolist()), answers, group, exposures)
+        for g, level, right in zip(group.tolist(), exposures.tolist(), predicted == answers, strict=True):
+            if g >= 0:
+                name = ("recall", "recall_seen_phrasing", "recall_control")[g]
+                counted.setdefault(name, []).append(bool(right))
+                if level >= 0:
+                    counted.setdefault(f"{name}_{levels[level]}x", []).append(bool(right))
+    assert len(counted) == 9
+    expected = {name: pytest.approx(sum(right) / len(right)) for name, right in counted.items()}
+    assert {name: float(value) for name, value in metric.compute().items()} == expected
+
+
+def test_facts_of_one_exposure_are_not_told_apart():
+    metric = FactRecall([3])
+    metric.update(logits_for([[1]]), torch.tensor([[1]]), torch.tensor([0]), torch.tensor([0]))
+    assert metric.compute() == {"recall": 1.0}
 
 
 def test_several_sets_have_their_own_figures_and_common_ones():

@@ -12,8 +12,19 @@ class Base:
 
 
 class Leaf(Base):
-    def __init__(self, size: int = 1, kind: Literal["a", "b"] = "a", inner: Base | None = None):
+    def __init__(
+        self,
+        size: int = 1,
+        kind: Literal["a", "b"] = "a",
+        inner: Base | None = None,
+        more: list[Base] | None = None,
+    ):
         """A class with options."""
+
+
+class Needy(Base):
+    def __init__(self, path: str):
+        """A class with an option that must be set."""
 
 
 def complaint(*arguments: str) -> str:
@@ -34,9 +45,10 @@ LEAF = ("--model", f"{__name__}.Leaf")
         ((*LEAF, "--model.size", "x"), "model.size: expected int. Got value: x"),
         ((*LEAF, "--model.kind", "c"), "model.kind: "),
         ((*LEAF, "--model.sizes", "1"), "model.sizes: is not an option of Leaf"),
-        ((*LEAF, "--model.inner", "Nope"), "model.inner: no class 'Nope' is known"),
+        ((*LEAF, "--model.inner", "Nope"), "model.inner: no class 'Nope' is known; known are Leaf, Needy"),
+        ((*LEAF, "--model.more", "[Nedy]"), "model.more: no class 'Nedy' is known; did you mean Needy?"),
         (("--model", "Laef"), "model: no class 'Laef' is known; did you mean Leaf?"),
-        (("--model", "Qqqqq"), "model: no class 'Qqqqq' is known; known are Leaf"),
+        (("--model", "Qqqqq"), "model: no class 'Qqqqq' is known; known are Leaf, Needy"),
         ((*LEAF, "--count", "x"), "count: is x, expected int"),
         ((*LEAF, "--counts", "1"), "counts: is not an option"),
     ],
@@ -54,6 +66,11 @@ def test_literal_lists_the_choices():
 
 def test_other_messages_are_only_joined():
     assert explain("something\n   went  wrong") == "something went wrong"
+
+
+def test_an_option_missing_in_a_class_names_the_class():
+    message = complaint(*LEAF, f"--model.inner={__name__}.Needy")
+    assert str(usage_error(message, [])) == "model.inner: Needy: path: needed, but not set"
 
 
 def test_missing_keys_lose_the_verb():

@@ -19,7 +19,15 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def trainer():
-    return SimpleNamespace(is_global_zero=True, fast_dev_run=False, global_step=7, callback_metrics={})
+    return SimpleNamespace(
+        is_global_zero=True,
+        fast_dev_run=False,
+        global_step=7,
+        callback_metrics={},
+        global_rank=0,
+        world_size=1,
+        strategy=SimpleNamespace(barrier=lambda: None),
+    )
 
 
 def test_clocks(tmp_path, clock, trainer):

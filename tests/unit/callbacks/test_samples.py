@@ -116,7 +116,7 @@ def test_nothing_is_written_by_a_test_run(facts, dense, trainer, tmp_path, capsy
 
 def test_lines_of_a_sample_are_indented(facts, dense, trainer, tmp_path, monkeypatch):
     facts.tokenizer = ByteTokenizer()
-    monkeypatch.setattr("callbacks.samples.generate", lambda *args: [list(b"lo\nstep 7\n\nend")])
+    monkeypatch.setattr("callbacks.samples.generate", lambda *args, **options: [list(b"lo\nstep 7\n\nend")])
     samples = Samples(["hel"])
     samples.setup(pl.Trainer, dense, "validate")  # needs no tokenizer yet
     trainer(samples, max_steps=3).fit(dense, datamodule=facts)

@@ -312,6 +312,24 @@ def test_ranks_share_the_evaluation_and_pad_it_evenly(path):
     assert (joined["targets"][48:] == -100).all() and (joined["answers"][48:] == -100).all()
 
 
+def test_questions_tell_how_often_their_facts_are_stated(path):
+    module = make(path, exposures_per_epoch=[3, 1])
+    decode = module.tokenizer.decode
+    facts = module.stated.facts
+    source = module.training_source()
+    epoch = source.statements(np.arange(len(source.occurrences)))
+    told = Counter(module.stated.fact_of(statement).question for statement in epoch)
+    levels = set()
+    for batch in module.test_dataloader()[0]:
+        for tokens, group, level in zip(batch["tokens"], batch["group"], batch["exposures"], strict=True):
+            sentence = decode(tokens.tolist())
+            [question] = {fact.question for fact in facts if f"{fact.question} " in f"{sentence} " or
+                          f"{fact.question}:" in sentence}  # fmt: skip
+            assert level == {3: 1, 1: 0, 0: -1}[told[question]]
+            levels.add((int(group), int(level)))
+    assert levels == {(0, 0), (0, 1), (1, 0), (1, 1), (2, -1)}
+
+
 def test_exposures_are_as_reported(path):
     module = make(path, exposures_per_epoch=[1, 2, 4])
     told = Counter(parse(sentence)[1] for sentence in sentences(module, epochs=2))

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from data_modules import SyntheticFacts
 from data_modules.made_up_facts.facts import PHRASINGS, made_up_word
 from memlm.errors import CheckpointError, ConfigError
+from memlm.language_models import DenseLM
+from memlm.transformer import TransformerConfig
 
 SMALL = {
     "people": 60,
@@ -257,6 +259,32 @@ def test_exposures_are_as_reported():
     rows = np.array([len(batch["tokens"]) for batch in batches(joined, 10)]).sum()
     documents = batches(joined, 10)[-1]["cursor"] / joined.training_source().longest
     assert rows == 80 and joined.exposures(10)[0] == pytest.approx(documents / 60, rel=0.05)
+
+
+def test_questions_tell_how_often_their_facts_are_trained():
+    module = SyntheticFacts(**SMALL, exposures_per_epoch=[4, 1, 2, 1], test_facts=None)
+    assert module.exposure_levels == (1, 2, 4)
+    told = Counter(name for name, *_ in statements(module, epochs=1))
+    seen = set()
+    for batch in module.test_dataloader()[0]:
+        for tokens, group, level in zip(batch["tokens"], batch["group"], batch["exposures"], strict=True):
+            name = module.tokenizer.decode(tokens[1:4].tolist())
+            expected = told[name] // 3  # three facts a biography
+            assert level == (-1 if group == 2 else module.exposure_levels.index(expected))
+            seen.add((int(group), expected))
+    assert seen == {(group, times) for group in (0, 1) for times in (1, 2, 4)} | {(2, 0)}
+    alike = SyntheticFacts(**SMALL, exposures_per_epoch=[2, 2])
+    assert "exposures" not in next(iter(alike.val_dataloader()[0]))
+
+
+def test_recall_by_exposures_is_reported():
+    module = SyntheticFacts(**SMALL, exposures_per_epoch=[1, 4])
+    model = DenseLM(module.vocab_size, TransformerConfig(16, 1, 2, feed_forward_dim=16))
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    [metrics] = trainer.test(model, datamodule=module, verbose=False)
+    names = {name for name in metrics if "recall" in name and "control" not in name and "major" not in name}
+    both = {"test/recall", "test/recall_seen_phrasing"}
+    assert names == both | {f"{name}_{times}x" for name in both for times in (1, 4)}
 
 
 def test_each_epoch_shuffles_afresh(small):
