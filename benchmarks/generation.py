@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import Report, parse
 from memlm.evaluation.likelihood import score_texts
-from memlm.generation import generate
+from memlm.generation.decoding import generate
 from memlm.huggingface import config_json, to_hf
 from memlm.memory import MemoryConfig
 from memlm.transformer import Transformer, TransformerConfig

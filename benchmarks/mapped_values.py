@@ -37,7 +37,7 @@ MEMORY = {"heads": 4, "reads": 32, "layers": [3, 6], "query_norm": "qk"}
 
 _CHILD = """
 import json, sys, time, torch
-from memlm.generation import Sampling, generate
+from memlm.generation.decoding import Sampling, generate
 from memlm.memory.mapped import bound_large
 from memlm.trained import load_trained
 

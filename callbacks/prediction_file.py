@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from memlm.json_lines_file import json_line
+from memlm.generation.json_lines_file import json_line
 
 
 class PredictionFile:

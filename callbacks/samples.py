@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.run_folder import run_folder
 from memlm.errors import ConfigError, DataError
-from memlm.generation import Sampling, generate
+from memlm.generation.decoding import Sampling, generate
 from memlm.run_directory import write_text
 from memlm.tokenizers import Tokenizer
 

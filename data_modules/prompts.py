@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from data_modules.base import Batch, BatchSource, Cursor
-from memlm.continuations import GenerationOptions, PromptBatch
 from memlm.errors import ConfigError
-from memlm.generation import Sampling
-from memlm.prompts import read_prompts
-from memlm.sampling_options import NEED_TEMPERATURE, OPTIONS
+from memlm.generation.continuations import GenerationOptions, PromptBatch
+from memlm.generation.decoding import Sampling
+from memlm.generation.prompts import read_prompts
+from memlm.generation.sampling_options import NEED_TEMPERATURE, OPTIONS
 from memlm.tokenizers import Tokenizer
 
 

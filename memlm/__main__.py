@@ -28,7 +28,11 @@ VERBS = (
     Verb("validate", "run the validation set of a config on a checkpoint", "memlm.cli:validate"),
     Verb("test", "measure a checkpoint on the test set and the tasks of a config", "memlm.cli:test"),
     Verb("predict", "answer the data's questions, or prompts, in predictions.jsonl", "memlm.cli:predict"),
-    Verb("generate", "continue prompts: memlm generate runs/quickstart --prompt X", "memlm.generate_verb:main"),
+    Verb(
+        "generate",
+        "continue prompts: memlm generate runs/x --prompt Y",
+        "memlm.generation.verb:main",
+    ),
     Verb("lm-eval", "run tasks of lm-evaluation-harness", "memlm.evaluation.lm_eval_verb:main"),
     Verb("inspect", "show what a prompt reads, and what a slot answers to", "memlm.inspection.verb:main"),
     Verb("export", "write a model as a Hugging Face folder", "memlm.export_verb:main"),

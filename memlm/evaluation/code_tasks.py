@@ -15,7 +15,7 @@ from memlm.evaluation.evaluator import Evaluator, Prompt
 from memlm.evaluation.rows import Row, read_rows
 from memlm.evaluation.sandbox.execution import Result, Sandbox
 from memlm.evaluation.task import Outcome, Task
-from memlm.generation import Sampling
+from memlm.generation.decoding import Sampling
 
 
 @dataclass(frozen=True)

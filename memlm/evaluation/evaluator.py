@@ -9,8 +9,8 @@ from torch import nn
 
 from memlm.errors import ConfigError, UserError
 from memlm.evaluation.likelihood import Scored, score, score_texts
-from memlm.generation import Sampling, generate
-from memlm.streamed_text import StreamedText
+from memlm.generation.decoding import Sampling, generate
+from memlm.generation.streamed_text import StreamedText
 from memlm.tokenizers import Tokenizer
 
 Item = TypeVar("Item")
@@ -165,12 +165,10 @@ class Evaluator:
             replies.append(reply)
             ids += [tokens] * samples
         streams = [StreamedText(self.tokenizer, stop, context) for context in ids]
-        latest = StreamedText(self.tokenizer)
 
-        def take(number: int, token: int) -> None:
-            nonlocal latest
-            latest = streams[number]
-            latest.push(token)
+        def take(number: int, token: int) -> bool:
+            streams[number].push(token)
+            return streams[number].stopped
 
         generate(
             self.model,
@@ -178,7 +176,6 @@ class Evaluator:
             max_new_tokens,
             sampling,
             eos_id=self.tokenizer.eos_id,
-            stop=lambda new: latest.stopped,  # asked of the continuation whose token has come last
             on_token=take,
             batch_size=self.batch_size,
         )

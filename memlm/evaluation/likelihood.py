@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from memlm.generation import evaluating, padded
+from memlm.generation.decoding import evaluating, padded
 from memlm.transformer.cache import Cache
 from memlm.transformer.model import Transformer
 

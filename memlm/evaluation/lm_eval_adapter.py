@@ -13,8 +13,8 @@ from tqdm import tqdm
 from memlm.errors import ConfigError, DataError
 from memlm.evaluation.likelihood import score, score_texts
 from memlm.evaluation.lm_eval_generation import GenerationOptions
-from memlm.generation import generate
-from memlm.streamed_text import StreamedText
+from memlm.generation.decoding import generate
+from memlm.generation.streamed_text import StreamedText
 from memlm.trained import TrainedModel, load_trained
 
 _MAX_NEW_TOKENS = 256
@@ -263,15 +263,13 @@ class MemlmLM(TemplateLM):
         tokenizer = self.trained.tokenizer
         streams = [StreamedText(tokenizer, options.stops) for _ in prompts]
         lengths = [0] * len(prompts)
-        newest = 0
 
-        def take(number: int, token: int) -> None:
-            nonlocal newest
-            newest = number
+        def take(number: int, token: int) -> bool:
             lengths[number] += 1
             streams[number].push(token)
             ended = token == self.eot_token_id or streams[number].stopped
             bar.update(ended or lengths[number] == options.max_new_tokens)
+            return ended
 
         written = generate(
             self.trained.model,
@@ -279,7 +277,6 @@ class MemlmLM(TemplateLM):
             options.max_new_tokens,
             options.sampling,
             eos_id=self.eot_token_id,
-            stop=lambda new: streams[newest].stopped,
             on_token=take,
             batch_size=self.batch_size,
         )

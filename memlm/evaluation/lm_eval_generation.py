@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from memlm.errors import ConfigError
-from memlm.generation import Sampling
+from memlm.generation.decoding import Sampling
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names of the same thing; the first of them that is given counts, as in the harness."""

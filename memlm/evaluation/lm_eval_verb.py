@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.errors import DataError
+from memlm.generation.sampling_options import integer
 from memlm.run_directory import write_text
-from memlm.sampling_options import integer
 from memlm.usage_errors import UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from callbacks.random_state import random_state
 from callbacks.run_directory import RunDirectory
 from callbacks.samples import Samples
 from memlm.errors import ConfigError
-from memlm.generation import Sampling, generate
+from memlm.generation.decoding import Sampling, generate
 from memlm.loggers import MetricsLogger, TensorBoard
 from memlm.run_directory import RunFiles
 from memlm.tokenizers import ByteTokenizer

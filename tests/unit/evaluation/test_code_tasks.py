@@ -16,7 +16,7 @@ from memlm.evaluation import code_tasks
 from memlm.evaluation.code_tasks import MBPP, HumanEval, pass_at_k
 from memlm.evaluation.evaluator import Evaluator, Reply
 from memlm.evaluation.sandbox.execution import Sandbox, SandboxUnavailable
-from memlm.generation import Sampling
+from memlm.generation.decoding import Sampling
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sandbox needs Linux")
 

@@ -7,7 +7,7 @@ from byte_model import EOS, evaluator, greedy, log_likelihood
 
 from memlm.errors import ConfigError
 from memlm.evaluation.evaluator import AnswerTooLong, Evaluator, Prompt
-from memlm.generation import Sampling
+from memlm.generation.decoding import Sampling
 from memlm.tokenizers import ByteTokenizer, train_bpe
 
 

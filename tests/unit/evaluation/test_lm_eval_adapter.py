@@ -25,7 +25,7 @@ from memlm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from memlm.evaluation import lm_eval_verb  # noqa: E402
 from memlm.evaluation.lm_eval_adapter import MemlmLM  # noqa: E402
 from memlm.evaluation.lm_eval_generation import GenerationOptions  # noqa: E402
-from memlm.generation import Sampling  # noqa: E402
+from memlm.generation.decoding import Sampling  # noqa: E402
 from memlm.memory import MemoryConfig, PEERConfig  # noqa: E402
 from memlm.tokenizers.byte_tokenizer import ByteTokenizer  # noqa: E402
 from memlm.trained import TrainedModel  # noqa: E402

@@ -50,15 +50,12 @@ class Parrot:
     def __init__(self, answers):
         self.answers = answers
 
-    def __call__(self, model, prompts, *args, on_token, stop, **options):
+    def __call__(self, model, prompts, *args, on_token, **options):
         for number, prompt in enumerate(prompts):
             text = bytes(i for i in prompt if i < 256).decode()
             [answer] = [a for q, a in self.answers.items() if text.endswith(f"{q}?\nA:")]
-            new = []
             for token in answer.encode():
-                new.append(token)
-                on_token(number, token)
-                if stop(new):
+                if on_token(number, token):
                     break
 
 

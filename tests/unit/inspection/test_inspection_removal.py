@@ -5,7 +5,7 @@ import torch
 from inspected_models import KINDS, make, outputs_of, random_tokens, rebuilt
 
 from memlm.evaluation.likelihood import score
-from memlm.generation import generate
+from memlm.generation.decoding import generate
 from memlm.inspection.reads import memory_blocks, reads_of
 from memlm.inspection.removal import Removal, removed
 from memlm.memory.quantised import held_as

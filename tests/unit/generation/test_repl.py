@@ -1,7 +1,7 @@
 import pytest
 
 from memlm.errors import ConfigError
-from memlm.repl import Repl
+from memlm.generation.repl import Repl
 
 SETTINGS = {
     "max_new_tokens": 128,

@@ -11,16 +11,16 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from memlm.generate_options import parse
-from memlm.sampling_options import OPTIONS
+from memlm.generation.options import parse
+from memlm.generation.sampling_options import OPTIONS
 from memlm.usage_errors import UsageError
 
 if TYPE_CHECKING:
-    from memlm.continuations import GenerationOptions
-    from memlm.json_lines_file import JsonLinesFile
+    from memlm.generation.continuations import GenerationOptions
+    from memlm.generation.json_lines_file import JsonLinesFile
+    from memlm.generation.prompts import Prompt
     from memlm.memory.pool import MemoryPool
     from memlm.memory.quantised import QuantisedPool
-    from memlm.prompts import Prompt
     from memlm.trained import TrainedModel
 
 _SEED_BITS = 32
@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
     """Runs ``memlm generate``."""
     options = parse(arguments)
     # Seconds of imports, which --help and mistakes need not wait for.
-    from memlm.json_lines_file import JsonLinesFile
-    from memlm.prompts import command_line_prompts, read_prompts
+    from memlm.generation.json_lines_file import JsonLinesFile
+    from memlm.generation.prompts import command_line_prompts, read_prompts
 
     command_line_prompts(options.stop)  # raises for half characters
     prompts = command_line_prompts(options.prompt)
@@ -76,7 +76,7 @@ def _continue_one(
     trained: "TrainedModel", prompt: "Prompt", ids: list[int], how: "GenerationOptions", stream: bool
 ) -> None:
     """Print the answer alone to the standard output, and what there is to say of it to the other one."""
-    from memlm.continuations import continue_prompts
+    from memlm.generation.continuations import continue_prompts
 
     started = time.perf_counter()
     show = _terminal_writer()
@@ -102,8 +102,8 @@ def _continue_many(
 ) -> None:
     from tqdm import tqdm
 
-    from memlm.continuations import beyond, continue_all
-    from memlm.json_lines_file import json_line
+    from memlm.generation.continuations import beyond, continue_all
+    from memlm.generation.json_lines_file import json_line
 
     started, tokens, longer = time.perf_counter(), 0, 0
     with tqdm(total=len(prompts) * how.samples, unit="answers", disable=None if file else True) as bar:
@@ -132,8 +132,8 @@ def _continue_many(
 
 
 def _prompt_line(trained: "TrainedModel", options: argparse.Namespace, longest: int | None) -> None:
-    from memlm.prompts import command_line_prompts
-    from memlm.repl import Repl
+    from memlm.generation.prompts import command_line_prompts
+    from memlm.generation.repl import Repl
 
     with contextlib.suppress(ImportError):  # where there is one, input() edits lines and recalls them
         importlib.import_module("readline")
@@ -183,8 +183,8 @@ def _bound_values(trained: "TrainedModel", megabytes: int) -> None:
 
 
 def _generation_options(settings: Mapping[str, Any]) -> "GenerationOptions":
-    from memlm.continuations import GenerationOptions
-    from memlm.generation import Sampling
+    from memlm.generation.continuations import GenerationOptions
+    from memlm.generation.decoding import Sampling
 
     names = ("temperature", "top_k", "top_p", "min_p", "seed")
     return GenerationOptions(
@@ -206,6 +206,6 @@ def _terminal_writer() -> Any:
 
 
 def _standard_input() -> "list[Prompt]":
-    from memlm.prompts import parse_prompts
+    from memlm.generation.prompts import parse_prompts
 
     return parse_prompts(sys.stdin.buffer.read(), "standard input", as_json=False)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from memlm.sampling_options import NEED_TEMPERATURE, OPTIONS, integer
+from memlm.generation.sampling_options import NEED_TEMPERATURE, OPTIONS, integer
 from memlm.usage_errors import UsageError
 
 _DESCRIPTION = """\

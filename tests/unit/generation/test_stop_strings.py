@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlm.stop_strings import StopStrings
-from memlm.streamed_text import IncrementalDecoder, StreamedText
+from memlm.generation.stop_strings import StopStrings
+from memlm.generation.streamed_text import IncrementalDecoder, StreamedText
 from memlm.tokenizers import (
     ByteTokenizer,
     FileTokenizer,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memlm.errors import UserError
-from memlm.sampling_options import OPTIONS
+from memlm.generation.sampling_options import OPTIONS
 
 _PROMPT = "> "
 _SHORT = {"max": "max_new_tokens"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlm.generation import Sampling, choose, generate
+from memlm.generation.decoding import Sampling, choose, generate
 from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
 from memlm.transformer import MoEConfig, Transformer, TransformerConfig
 
@@ -73,14 +73,14 @@ def test_a_document_ends_with_eos():
 
 
 def test_a_continuation_stops_where_the_caller_says():
-    seen = []
+    told = []
 
-    def stop(ids):
-        seen.append(list(ids))
-        return sum(ids) > 8
+    def take(number, token):
+        told.append((number, token))
+        return token in (4, 9)
 
-    assert generate(Counting(), [[1], [7]], 9, stop=stop) == [[2, 3, 4], [8, 9]]
-    assert sorted(seen) == [[2], [2, 3], [2, 3, 4], [8], [8, 9]]
+    assert generate(Counting(), [[1], [7]], 9, on_token=take) == [[2, 3, 4], [8, 9]]
+    assert told == [(0, 2), (1, 8), (0, 3), (1, 9), (0, 4)]
 
 
 def test_tokens_are_reported_as_they_come():
@@ -106,7 +106,7 @@ def test_greedy_where_rows_end_at_different_times(transformer):
         ids = brute_force(transformer, prompt, 12)
         ends = [place for place, token in enumerate(ids) if token % 3 == 0]
         expected.append(ids[: ends[0] + 1] if ends else ids)
-    assert generate(transformer, prompts, 12, stop=lambda ids: ids[-1] % 3 == 0) == expected
+    assert generate(transformer, prompts, 12, on_token=lambda _, token: token % 3 == 0) == expected
     assert len({len(ids) for ids in expected}) > 1
 
 

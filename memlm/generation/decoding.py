@@ -52,8 +52,7 @@ def generate(
     sampling: Sampling = Sampling(),
     *,
     eos_id: int | None = None,
-    stop: Callable[[list[int]], bool] | None = None,
-    on_token: Callable[[int, int], None] | None = None,
+    on_token: Callable[[int, int], bool | None] | None = None,
     batch_size: int = 16,
     first: int = 0,
 ) -> list[list[int]]:
@@ -70,8 +69,8 @@ def generate(
         max_new_tokens: Most tokens that are added to a prompt.
         sampling: How tokens are chosen.
         eos_id: A continuation ends with this token; None: none is special.
-        stop: Called with a prompt's new tokens after each of them: whether its continuation has ended.
-        on_token: Called with a prompt's number and each of its new tokens, as they come; before ``stop``.
+        on_token: Called with a prompt's number and each of its new tokens, as they come; where it returns
+            true, the prompt's continuation has ended.
         batch_size: Prompts that are continued together.
         first: Number of the first prompt, where these are a part of many that are continued one after the
             other; decides the samples alone.
@@ -95,11 +94,8 @@ def generate(
 
     def ended(number: int, token: int) -> bool:
         new[number].append(token)
-        if on_token is not None:
-            on_token(number, token)
-        if token == eos_id or len(new[number]) == max_new_tokens:
-            return True
-        return stop is not None and stop(new[number])
+        stopped = on_token is not None and bool(on_token(number, token))
+        return stopped or token == eos_id or len(new[number]) == max_new_tokens
 
     with evaluating(model):
         for start in range(0, len(order), batch_size):

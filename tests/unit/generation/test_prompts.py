@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memlm.errors import DataError
-from memlm.prompts import Prompt, command_line_prompts, parse_prompts, read_prompts
+from memlm.generation.prompts import Prompt, command_line_prompts, parse_prompts, read_prompts
 from memlm.tokenizers import ByteTokenizer, word_tokenizer
 from memlm.usage_errors import UsageError
 

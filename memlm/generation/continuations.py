@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from memlm.generation import Sampling, generate
-from memlm.prompts import Prompt
-from memlm.streamed_text import StreamedText
+from memlm.generation.decoding import Sampling, generate
+from memlm.generation.prompts import Prompt
+from memlm.generation.streamed_text import StreamedText
 from memlm.tokenizers import Tokenizer
 from memlm.transformer import Transformer
 
@@ -62,14 +62,12 @@ def continue_prompts(
     """
     rows = [row for row in ids for _ in range(options.samples)]
     streams = [StreamedText(tokenizer, options.stops, row) for row in rows]
-    newest = -1
 
-    def take(number: int, token: int) -> None:
-        nonlocal newest
-        newest = number
+    def take(number: int, token: int) -> bool:
         text = streams[number].push(token)
         if on_text is not None and text:
             on_text(text)
+        return streams[number].stopped
 
     new = generate(
         model,
@@ -77,7 +75,6 @@ def continue_prompts(
         options.max_new_tokens,
         options.sampling,
         eos_id=tokenizer.eos_id,
-        stop=lambda _: streams[newest].stopped,  # asked of the row whose token came last
         on_token=take,
         batch_size=options.batch_size,
         first=first * options.samples,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from memlm.stop_strings import StopStrings
+from memlm.generation.stop_strings import StopStrings
 from memlm.tokenizers import Tokenizer
 
 _REPLACEMENT = "\ufffd"

@@ -11,7 +11,7 @@ import torch
 from tiny_runs import ARCHITECTURES, greedy, write_run
 
 from memlm.errors import DataError, UserError
-from memlm.generate_verb import main
+from memlm.generation.verb import main
 from memlm.tokenizers import ByteTokenizer
 from memlm.usage_errors import UsageError
 
@@ -315,7 +315,7 @@ def test_a_terminal_without_prompts_is_a_prompt_line(dense, monkeypatch, capsys)
 
 
 def test_what_would_command_a_terminal_is_only_shown(monkeypatch):
-    from memlm.generate_verb import _terminal_writer
+    from memlm.generation.verb import _terminal_writer
 
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
@@ -331,7 +331,7 @@ def test_help_needs_no_heavy_imports(tmp_path):
     import subprocess
 
     code = (
-        "import sys\nfrom memlm.generate_verb import main\n"
+        "import sys\nfrom memlm.generation.verb import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
         "print([name for name in ('torch', 'numpy', 'tqdm') if name in sys.modules])"
     )

@@ -1,0 +1,1 @@
+"""Continuing prompts: decoding, and what the command line makes of it."""
