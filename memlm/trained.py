@@ -13,6 +13,7 @@ from memlm.errors import CheckpointError, DataError, UserError
 from memlm.run_directory import RunFiles
 from memlm.tokenizers import Tokenizer, load_tokenizer
 from memlm.transformer import Transformer
+from memlm.usage_errors import explain
 
 
 @dataclass
@@ -180,7 +181,7 @@ def _built(architecture: Mapping[str, Any], where: Path) -> Transformer:
     try:
         return build(architecture)
     except UserError as error:
-        raise CheckpointError(where, f"describes no possible model: {error}") from error
+        raise CheckpointError(where, f"describes no possible model: {explain(str(error))}") from error
 
 
 def _data_section(run: RunFiles) -> dict[str, Any]:

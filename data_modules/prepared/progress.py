@@ -1,9 +1,20 @@
 """Progress bars, for terminals and for logs."""
 
 import sys
+import threading
 from typing import Any
 
 from tqdm import tqdm
+
+
+class _Bar(tqdm):
+    """A bar whose lock is its process's own.
+
+    tqdm's is shared with forked processes: one that is killed while it holds it leaves all others waiting.
+    """
+
+
+_Bar.set_lock(threading.RLock())
 
 
 def progress_bar(total: int, done: int, name: str, unit: str) -> "tqdm[Any]":
@@ -15,8 +26,8 @@ def progress_bar(total: int, done: int, name: str, unit: str) -> "tqdm[Any]":
         name: What is being done.
         unit: Of the numbers, such as ``B``.
     """
-    tqdm.monitor_interval = 0  # its thread would be in the way of forking
-    return tqdm(
+    _Bar.monitor_interval = 0  # its thread would be in the way of forking
+    return _Bar(
         total=total or None,
         initial=done,
         desc=name,

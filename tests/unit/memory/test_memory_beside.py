@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlm.flops import count
-from memlm.memory import MemoryConfig, TuckerConfig
+from memlm.memory import Inputs, MemoryConfig, TuckerConfig
 from memlm.optim import MemoryAdamW, assign, clip_gradients
 from memlm.transformer import Transformer, TransformerConfig
 
@@ -53,7 +53,8 @@ def test_a_block_adds_both_outputs_of_one_normalised_input():
     pools = [model.pools[name] for name in block.pool_names]
     rotary = (torch.ones(6, 4, dtype=torch.float64), torch.zeros(6, 4, dtype=torch.float64))
     block.attention.forward = lambda hidden, *_: torch.zeros_like(hidden)
-    output = block(hidden, rotary, None, model.pools, None)
+    inputs = Inputs(torch.zeros(2, 6, dtype=torch.long))
+    output = block(hidden, rotary, None, model.pools, inputs)
     torch.testing.assert_close(seen["input"], F.rms_norm(hidden, (16,), eps=CONFIG.norm_eps))
     torch.testing.assert_close(output, hidden + seen["dense"] + block.memory(seen["input"], pools))
 
