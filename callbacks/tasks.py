@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
+from tqdm import tqdm
 
 from callbacks.run_directory import RunDirectory
 from callbacks.run_folder import run_folder
@@ -69,7 +70,8 @@ class Tasks(Callback):
             # Now, and not after the test set or hours of training.
             for task in self.tasks:
                 task.load()
-                task.check_context(trainer.datamodule.sequence_length)  # type: ignore[attr-defined]
+                data = trainer.datamodule  # type: ignore[attr-defined]
+                task.check(data.tokenizer, data.sequence_length)
             folder = run_folder(trainer)
             if stage == "test" and folder is not None:
                 read_results(RunFiles(folder).tasks)
@@ -141,8 +143,8 @@ class Tasks(Callback):
     @staticmethod
     def _show(trainer: Trainer, text: str) -> None:
         if trainer.is_global_zero:
-            bar = trainer.progress_bar_callback
-            (print if bar is None else bar.print)(text)
+            # Above a bar that is in progress; Lightning's own print drops the text once its bar is closed.
+            tqdm.write(text)
 
 
 @contextmanager

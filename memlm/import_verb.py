@@ -10,7 +10,8 @@ _DESCRIPTION = """\
 Make a run directory of a folder that memlm export has written, or of a Llama, Mistral, Qwen2 or Mixtral of
 Hugging Face: config.yaml, the tokenizer and checkpoints/last.ckpt, at step 0 and without optimizer state.
 
-All verbs that take a run then take it. memlm fit goes on with a fresh optimizer and schedule."""
+All verbs but compare, which is of runs that have trained, then take it. memlm fit goes on with a fresh
+optimizer and schedule."""
 
 
 def main(arguments: list[str]) -> int:

@@ -23,7 +23,11 @@ class ChoiceQuestion(Question):
 
     @property
     def solution(self) -> str:
-        return f" {self.choices[self.answer]}"
+        return self.asked[self.answer]
+
+    @property
+    def asked(self) -> Sequence[str]:
+        return [f" {choice}" for choice in self.choices]
 
 
 class MultipleChoice(QuestionTask[ChoiceQuestion]):
@@ -38,7 +42,7 @@ class MultipleChoice(QuestionTask[ChoiceQuestion]):
 
     def evaluate(self, evaluator: Evaluator, examples: Sequence[tuple[int, ChoiceQuestion]]) -> list[Outcome]:
         replies = evaluator.log_likelihoods(
-            [(self.prompt(n, example), [f" {c}" for c in example.choices]) for n, example in examples]
+            [(self.prompt(n, example), example.asked) for n, example in examples]
         )
         names = [measure.name for measure in self.measures]
         outcomes = []

@@ -16,6 +16,7 @@ from memlm.evaluation.rows import Row, read_rows
 from memlm.evaluation.sandbox.execution import Result, Sandbox
 from memlm.evaluation.task import Outcome, Task
 from memlm.generation.decoding import Sampling
+from memlm.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class CodeTask(Task[Problem]):
         """
         return Sandbox(self.seconds, self.memory_mb)
 
-    def check_context(self, context: int) -> None:
+    def check(self, tokenizer: Tokenizer, context: int) -> None:
         if self.max_new_tokens >= context:
             self.fail(
                 "max_new_tokens",

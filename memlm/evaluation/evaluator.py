@@ -19,6 +19,12 @@ Item = TypeVar("Item")
 class AnswerTooLong(UserError):
     """An answer whose likelihood is asked for has more tokens than the model's context."""
 
+    def __init__(self, answer: str, tokens: int, context: int) -> None:
+        super().__init__(
+            f"the answer {answer.strip()[:40]!r} has {tokens} tokens; expected at most {context}, the "
+            "model's context"
+        )
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -222,10 +228,7 @@ class Evaluator:
                 break
         for continuation, (_, after) in zip(continuations, pairs, strict=True):
             if len(after) > self.context:
-                raise AnswerTooLong(
-                    f"the answer {continuation.strip()[:40]!r} has {len(after)} tokens; expected at most "
-                    f"{self.context}, the model's context"
-                )
+                raise AnswerTooLong(continuation, len(after), self.context)
         return Reply(text, dropped_shots=dropped, cut=not fits), pairs
 
     def _fit_prompt(self, prompt: Prompt, room: int) -> tuple[Reply, list[int]]:

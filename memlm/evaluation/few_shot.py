@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import ClassVar, TypeVar
 
-from memlm.evaluation.evaluator import Prompt
+from memlm.errors import DataError
+from memlm.evaluation.evaluator import AnswerTooLong, Prompt
 from memlm.evaluation.task import Task
+from memlm.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Question:
     def solution(self) -> str:
         """What follows the question in a solved example."""
         raise NotImplementedError
+
+    @property
+    def asked(self) -> Sequence[str]:
+        """The continuations whose likelihood is asked for."""
+        return [self.solution]
 
 
 Asked = TypeVar("Asked", bound=Question)
@@ -57,6 +64,13 @@ class QuestionTask(Task[Asked]):
         super().load()
         for number, example in enumerate(self.examples):
             self._shots(number, example)
+
+    def check(self, tokenizer: Tokenizer, context: int) -> None:
+        tokenizer.encode(self.examples[0].text)  # one of a few words raises an error that shows the text
+        for answer in (answer for example in self.examples for answer in example.asked):
+            # A token stands for a byte or more: encoding all answers of a large task would take seconds.
+            if len(answer.encode()) > context and (tokens := len(tokenizer.encode(answer))) > context:
+                raise DataError(self.path, str(AnswerTooLong(answer, tokens, context)))
 
     def prompt(self, number: int, example: Asked) -> Prompt:
         """The prompt of an example with its number in the task."""

@@ -28,12 +28,26 @@ class Scored(NamedTuple):
     """Of the continuation."""
 
 
-class _Row(NamedTuple):
-    """Tokens that go into the model, and those that its last outputs are to predict."""
+_HELD = 4
+"""Batches of tokens whose keys and values rows may hold of what they share: memory, but no computing."""
 
-    number: int
+
+class _Row(NamedTuple):
+    """Tokens that go into the model, and those that its last outputs are to predict.
+
+    Pairs of the same inputs are one row: answers that differ in their last token alone, such as letters.
+    """
+
     inputs: tuple[int, ...]
-    targets: tuple[int, ...]
+    predicting: int
+    """The last so many outputs."""
+    asked: list[tuple[int, tuple[int, ...]]]
+    """Numbers of pairs, and the tokens to be predicted."""
+
+    @property
+    def stem(self) -> tuple[int, ...]:
+        """The inputs before those whose outputs are looked at."""
+        return self.inputs[: len(self.inputs) - self.predicting]
 
 
 Report = Callable[[int], None]
@@ -58,13 +72,14 @@ def score(
         pairs: Token ids of prefix and continuation, at least one each. Where both together have more than
             ``context`` + 1 tokens, the prefix loses its first ones.
         context: Longest input of the model, tokens.
-        batch_tokens: Most tokens in a batch, padding included; a row has at least one batch to itself.
+        batch_tokens: Most tokens in a batch, padding included; a row has at least one batch to itself. Of
+            what its rows share, a batch holds keys and values of up to four times as many.
         report: Called with a number of pairs that have been scored since the last call.
 
     Raises:
         ValueError: A prefix or a continuation is empty, or a continuation is longer than the context.
     """
-    rows = []
+    rows: dict[tuple[tuple[int, ...], int], _Row] = {}
     for number, (prefix, continuation) in enumerate(pairs):
         if not prefix or not continuation:
             raise ValueError(f"pair {number} has an empty {'continuation' if prefix else 'prefix'}")
@@ -74,10 +89,11 @@ def score(
                 f"of {context}"
             )
         whole = (*prefix, *continuation)[-context - 1 :]
-        rows.append(_Row(number, whole[:-1], tuple(continuation)))
+        key = whole[:-1], len(continuation)
+        rows.setdefault(key, _Row(*key, [])).asked.append((number, tuple(continuation)))
     result: dict[int, Scored] = {}
     with evaluating(model):
-        for beginning, members in _families(rows, batch_tokens):
+        for beginning, members in _families(list(rows.values()), batch_tokens):
             _score_family(model, beginning, members, batch_tokens, result, report)
     return [result[number] for number in range(len(pairs))]
 
@@ -135,10 +151,12 @@ def _score_family(
 ) -> None:
     """Score rows that have a beginning in common, which may be empty."""
     done = len(beginning)
-    root = _extended(model, Cache(1, len(model.blocks)), [beginning]) if done else None
+    root = Cache(1, len(model.blocks))
+    if done:
+        _extend(model, root, [beginning])
     stems: dict[tuple[int, ...], list[_Row]] = {}
     for row in rows:
-        stems.setdefault(row.inputs[done : len(row.inputs) - len(row.targets)], []).append(row)
+        stems.setdefault(row.stem[done:], []).append(row)
     # A stem of several rows is computed before them; that of a single one together with it.
     shared, single = [], []
     for stem, members in stems.items():
@@ -146,25 +164,25 @@ def _score_family(
             shared.append(stem)
         else:
             single += members
-    for batch in _batches(single, lambda row: len(row.inputs) - done, batch_tokens):
-        cache = None if root is None else root.select(torch.zeros(len(batch), dtype=torch.long))
-        _score_batch(model, cache, batch, [row.inputs[done:] for row in batch], result, report)
-    for stem_batch in _batches(shared, len, batch_tokens):
-        cache = root if root is not None else Cache(1, len(model.blocks))
-        cache = cache.select(torch.zeros(len(stem_batch), dtype=torch.long))
-        cache = _extended(model, cache, stem_batch)
+    for batch in _batches(single, lambda row: len(row.inputs) - done, batch_tokens, done):
+        own = [row.inputs[done:] for row in batch]
+        cache = root.select(torch.zeros(len(batch), dtype=torch.long), len(own[0])) if done else None
+        _score_batch(model, cache, batch, own, result, report)
+    for stem_batch in _batches(shared, len, batch_tokens, done):
+        cache = root.select(torch.zeros(len(stem_batch), dtype=torch.long), len(stem_batch[0]))
+        _extend(model, cache, stem_batch)
+        held = done + len(stem_batch[0])
         branches = [(place, row) for place, stem in enumerate(stem_batch) for row in stems[stem]]
-        for part in _batches(branches, lambda branch: len(branch[1].targets), batch_tokens):
+        for part in _batches(branches, lambda branch: branch[1].predicting, batch_tokens, held):
             places = torch.tensor([place for place, _ in part])
             batch = [row for _, row in part]
-            own = [row.inputs[len(row.inputs) - len(row.targets) :] for row in batch]
-            _score_batch(model, cache.select(places), batch, own, result, report)
+            own = [row.inputs[len(row.inputs) - row.predicting :] for row in batch]
+            _score_batch(model, cache.select(places, len(own[0])), batch, own, result, report)
 
 
-def _extended(model: Transformer, cache: Cache, rows: Sequence[Sequence[int]]) -> Cache:
+def _extend(model: Transformer, cache: Cache, rows: Sequence[Sequence[int]]) -> None:
     tokens, counts = padded(rows)
     model.hidden_states(tokens.to(model.embedding.weight.device), cache=cache, counts=counts)
-    return cache
 
 
 def _score_batch(
@@ -180,19 +198,21 @@ def _score_batch(
     tokens, counts = padded(inputs)
     hidden = model.hidden_states(tokens.to(device), cache=cache, counts=counts).flatten(0, 1)
     length = tokens.shape[1]
-    ends = [row * length + int(counts[row]) for row in range(len(rows))]
-    wanted = [range(end - len(row.targets), end) for end, row in zip(ends, rows, strict=True)]
-    places = torch.tensor([place for span in wanted for place in span], device=device)
-    targets = torch.tensor([token for row in rows for token in row.targets], device=device)
-    if len(places) < len(hidden):
-        hidden = hidden[places]
+    asked, wanted = [], []
+    for place, (row, count) in enumerate(zip(rows, counts.tolist(), strict=True)):
+        end = place * length + count
+        asked += row.asked
+        wanted += [*range(end - row.predicting, end)] * len(row.asked)
+    targets = torch.tensor([token for _, continuation in asked for token in continuation], device=device)
+    if wanted != list(range(len(hidden))):
+        hidden = hidden[torch.tensor(wanted, device=device)]
     likelihoods, best = _token_scores(model, hidden, targets)
-    sizes = [len(row.targets) for row in rows]
-    parts = zip(rows, likelihoods.cpu().split(sizes), best.cpu().split(sizes), strict=True)
-    for row, likelihood, is_best in parts:
-        result[row.number] = Scored(float(likelihood.sum()), bool(is_best.all()), len(row.targets))
+    sizes = [len(continuation) for _, continuation in asked]
+    parts = zip(asked, likelihoods.cpu().split(sizes), best.cpu().split(sizes), strict=True)
+    for (number, continuation), likelihood, is_best in parts:
+        result[number] = Scored(float(likelihood.sum()), bool(is_best.all()), len(continuation))
     if report is not None:
-        report(len(rows))
+        report(len(asked))
 
 
 def _token_scores(model: Transformer, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +240,7 @@ def _families(rows: list[_Row], batch_tokens: int) -> Iterator[tuple[tuple[int, 
     """
     lonely: list[_Row] = []
     for shared, family in _runs(sorted(rows, key=lambda row: row.inputs)):
-        stems = {row.inputs[: len(row.inputs) - len(row.targets)] for row in family}
+        stems = {row.stem for row in family}
         if 2 * len(shared) * (len(stems) - 1) >= batch_tokens:
             yield shared, family
         else:
@@ -233,7 +253,7 @@ def _runs(ordered: list[_Row]) -> Iterator[tuple[tuple[int, ...], list[_Row]]]:
     family: list[_Row] = []
     shared: tuple[int, ...] = ()
     for row in ordered:
-        stem = row.inputs[: len(row.inputs) - len(row.targets)]
+        stem = row.stem
         common = _common(shared, stem)
         if family and common >= max(_LEAST_SHARED, len(stem) // 2, len(shared) // 2):
             shared = shared[:common]
@@ -254,13 +274,24 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return min(len(a), len(b))
 
 
-def _batches(items: Sequence[T], length: Callable[[T], int], batch_tokens: int) -> Iterator[list[T]]:
-    """Items of like lengths together, the longest first: what does not fit into memory shows at once."""
+def _batches(
+    items: list[T], length: Callable[[T], int], batch_tokens: int, held: int = 0
+) -> Iterator[list[T]]:
+    """Items of like lengths together, the longest first: what does not fit into memory shows at once.
+
+    Args:
+        items: What to batch.
+        length: Tokens of an item, at least one.
+        batch_tokens: Most tokens of a batch, padding included.
+        held: Tokens that a cache holds of each item besides.
+    """
     batch: list[T] = []
     for item in sorted(items, key=length, reverse=True):
-        if batch and (len(batch) + 1) * max(length(batch[0]), 1) > batch_tokens:
-            yield batch
-            batch = []
+        if batch:
+            rows, longest = len(batch) + 1, length(batch[0])
+            if rows * longest > batch_tokens or rows * (held + longest) > _HELD * batch_tokens:
+                yield batch
+                batch = []
         batch.append(item)
     if batch:
         yield batch

@@ -24,7 +24,7 @@ MODEL is a run directory, a checkpoint file or an exported folder. Nothing is fe
 files of yours (dataset_path: json and data_files in its YAML) or lie in the cache of the package datasets.
 HF_HUB_OFFLINE=0 and HF_DATASETS_OFFLINE=0 in the environment allow the network.
 
-  memlm lm-eval runs/quickstart --tasks my_questions --include_path my_tasks --output results.json"""
+  memlm lm-eval runs/text --tasks my_questions --include_path my_tasks --output results.json"""
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from memlm.evaluation.evaluator import Evaluator
 from memlm.evaluation.few_shot import Question, QuestionTask
 from memlm.evaluation.rows import Row, read_rows
 from memlm.evaluation.task import Outcome
+from memlm.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ class QuestionAnswering(QuestionTask[AnsweredQuestion]):
     ) -> list[Outcome]:
         prompts = [self.prompt(number, example) for number, example in examples]
         written = evaluator.generate(prompts, self.max_new_tokens, self.stop)
-        solutions = [[example.solution] for _, example in examples]
-        scored = evaluator.log_likelihoods(list(zip(prompts, solutions, strict=True)))
+        asked = [example.asked for _, example in examples]
+        scored = evaluator.log_likelihoods(list(zip(prompts, asked, strict=True)))
         outcomes = []
         for (_, example), reply, scores in zip(examples, written, scored, strict=True):
             prediction = reply.texts[0].strip()
@@ -104,7 +105,8 @@ class QuestionAnswering(QuestionTask[AnsweredQuestion]):
             outcomes.append(Outcome(values, record | values, (reply, scores)))
         return outcomes
 
-    def check_context(self, context: int) -> None:
+    def check(self, tokenizer: Tokenizer, context: int) -> None:
+        super().check(tokenizer, context)
         if self.max_new_tokens >= context:
             self.fail(
                 "max_new_tokens",

@@ -11,6 +11,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 from memlm.errors import ConfigError, DataError
 from memlm.evaluation.estimates import Estimate, Estimates, Figures, Measure
 from memlm.evaluation.evaluator import AnswerTooLong, Evaluator, Reply
+from memlm.tokenizers import Tokenizer
 
 Example = TypeVar("Example")
 
@@ -133,11 +134,16 @@ class Task(ABC, Generic[Example]):
         """
         _ = self.examples
 
-    def check_context(self, context: int) -> None:
-        """Check the options against the most tokens that the model can look at; by default nothing.
+    def check(self, tokenizer: Tokenizer, context: int) -> None:
+        """Check options and examples against what the model can take, before it is asked; by default nothing.
+
+        Args:
+            tokenizer: The model's.
+            context: Most tokens that it can look at.
 
         Raises:
-            ConfigError: An option does not go with it.
+            ConfigError: An option does not go with the context.
+            DataError: An example does not fit into it, or the tokenizer cannot encode it.
         """
 
     def run(self, evaluator: Evaluator, records: bool = False) -> TaskResult:
@@ -153,7 +159,7 @@ class Task(ABC, Generic[Example]):
         """
         start = time.perf_counter()
         self.load()
-        self.check_context(evaluator.context)
+        self.check(evaluator.tokenizer, evaluator.context)
         groups = [self.group(example) for example in self.examples]
         numbers = evaluator.share(range(len(self.examples)))
         try:

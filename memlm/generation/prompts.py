@@ -54,8 +54,8 @@ class Prompt:
         if longest is not None and len(ids) > longest:
             raise self.error(
                 f"is {len(ids):,} tokens long with the one that begins a document, more than the {longest:,} "
-                "of the context that the model was trained with; --long_context (data.long_context) lets it "
-                "be longer"
+                "of the context that the model was trained with; --long_context (of memlm predict: "
+                "--prompts.long_context true) lets it be longer"
             )
         return ids
 

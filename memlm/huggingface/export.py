@@ -49,7 +49,7 @@ def export(
 
     Args:
         trained: The model.
-        folder: Must be missing or empty.
+        folder: Must be missing or empty. One that is there gets its config.json last.
         dtype: One of :data:`DTYPES`, of all parameters but the value tables. Default: as they were saved.
         values: One of :data:`memlm.memory.quantised.FORMATS`, of the value tables. Default: as they are.
         shard_bytes: Most bytes of tensors in a file.
@@ -68,12 +68,17 @@ def export(
         raise ConfigError("--dtype", f"is {dtype}, must be one of {', '.join(DTYPES)}")
     values = _values_format(trained, values)
     dtype = str(trained.model.embedding.weight.dtype).removeprefix("torch.") if dtype is None else dtype
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    # A folder that is there stays: it may be a mount, or the shell's own. It is filled from within.
+    given = folder.is_dir()
+    temporary = (folder / "export" if given else folder).with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
         _fill(temporary, trained, dtype, values, shard_bytes, losses or {}, title=folder.resolve().name)
-        os.replace(temporary, folder)
+        if given:
+            _move(temporary, folder)
+        else:
+            os.replace(temporary, folder)
     except OSError as error:
         raise CheckpointError(folder, f"cannot be written ({error.strerror or error})") from error
     except ValueError as error:
@@ -96,8 +101,20 @@ def check_free(folder: Path) -> None:
             raise CheckpointError(
                 folder, f"already holds {', '.join(held[:3])}{rest}; expected a folder that is new or empty"
             )
-    elif folder.exists():
-        raise CheckpointError(folder, "exists and is a file; expected a folder that is new or empty")
+    elif folder.exists() or folder.is_symlink():
+        raise CheckpointError(folder, "exists and is no folder; expected a folder that is new or empty")
+
+
+def _move(source: Path, target: Path) -> None:
+    """All files, the config last: without it nothing takes the folder for an exported one.
+
+    Raises:
+        CheckpointError: Something else has come into the target meanwhile.
+    """
+    if any(path != source for path in target.iterdir()):
+        raise CheckpointError(target, "was empty, and something else writes to it; expected an empty folder")
+    for path in sorted(source.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, target / path.name)
 
 
 def values_format(model: Transformer) -> str | None:

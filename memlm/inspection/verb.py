@@ -147,6 +147,15 @@ def _check(options: argparse.Namespace) -> None:
             f"--corpus: is needed with --{given[0]}: the text files (JSON lines, parquet or plain text) "
             "that are looked through"
         )
+    for name in ("prompt", "answer", "slots_of"):
+        try:
+            (getattr(options, name) or "").encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no text
+            raise UsageError(f"--{name}: is not valid UTF-8 text") from None
+    for name in ("png", "json"):
+        path = getattr(options, name)
+        if path is not None and path.is_dir():
+            raise UsageError(f"--{name}: {path} is a folder; expected the name of a file")
     for name, default in _DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, default)

@@ -58,17 +58,19 @@ class Cache:
         """Count the tokens that all blocks have taken in: ``counts`` ``[B]`` of the ``length`` are real."""
         self.lengths = self.lengths + (length if counts is None else counts.cpu())
 
-    def select(self, rows: Tensor) -> "Cache":
+    def select(self, rows: Tensor, more: int = 0) -> "Cache":
         """A cache of some of the rows, in this order; a row may be taken several times.
 
         Args:
             rows: ``[B']`` int64 on the CPU.
+            more: Positions that will be added at once: with room for them from the start, nothing is copied
+                a second time.
         """
         chosen = Cache(len(rows), len(self.blocks))
         chosen.lengths = self.lengths[rows]
         kept = int(chosen.lengths.max()) if len(rows) else 0
         for new, old in zip(chosen.blocks, self.blocks, strict=True):
-            new.take(old, rows, kept)
+            new.take(old, rows, kept, kept + more)
         return chosen
 
     def _mask(self, positions: Tensor) -> Tensor:
@@ -131,9 +133,10 @@ class BlockCache:
         buffer = self.extend(name, new)
         return torch.cat((self._cache.earlier(buffer, back, fill), new), dim=1)
 
-    def take(self, other: "BlockCache", rows: Tensor, kept: int) -> None:
-        """Copy rows of another, ``kept`` positions of each."""
-        self._buffers = {
-            name: buffer[:, :kept].index_select(0, rows.to(buffer.device))
-            for name, buffer in other._buffers.items()
-        }
+    def take(self, other: "BlockCache", rows: Tensor, kept: int, room: int) -> None:
+        """Copy rows of another, ``kept`` positions of each, into buffers of at least ``room`` positions."""
+        for name, old in other._buffers.items():
+            size = max(room, old.shape[1])
+            buffer = self._buffers[name] = old.new_empty(len(rows), size, *old.shape[2:])
+            torch.index_select(old[:, :kept], 0, rows.to(old.device), out=buffer[:, :kept])
+            buffer[:, kept:] = 0  # see extend

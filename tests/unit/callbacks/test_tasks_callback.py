@@ -5,6 +5,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
 
 from callbacks.run_directory import RunDirectory
 from callbacks.slot_usage import SlotUsage
@@ -83,6 +84,14 @@ def test_a_test_run_writes_what_the_tasks_give(texts, model, trainer, tasks, tmp
     shown = capsys.readouterr().out
     assert "95 % interval" in shown and "bits_per_byte" in shown
     assert f"Written to {files.directory / 'tasks.json'}" in shown
+
+
+def test_the_table_is_shown_after_the_progress_bar_is_closed(texts, model, trainer, tasks, capsys):
+    # As in memlm test, whose progress bar is closed before the tasks are evaluated.
+    run = trainer(TQDMProgressBar(), Tasks(tasks[:1]), enable_progress_bar=True, logger=False)
+    run.callbacks.sort(key=lambda callback: isinstance(callback, Tasks))
+    run.test(model, datamodule=texts, verbose=False)
+    assert "95 % interval" in capsys.readouterr().out
 
 
 def test_a_fit_logs_every_so_many_steps(texts, model, trainer, tasks, tmp_path, capsys):
@@ -185,6 +194,18 @@ def test_files_are_read_before_anything_else(texts, model, trainer, tmp_path):
         trainer(missing).fit(model, datamodule=texts)
     with pytest.raises(DataError, match=r"nowhere.jsonl: no such file"):
         trainer(missing, logger=False).test(model, datamodule=texts)
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+def test_an_answer_too_long_is_found_before_the_first_step(texts, model, trainer, tmp_path):
+    path = tmp_path / "long.jsonl"
+    rows = [{"goal": "go", "sol1": "left", "sol2": "far " * end, "label": 0} for end in (1, 13)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    watched = Tasks([PIQA(str(path))], every_n_steps=1000)
+    with pytest.raises(
+        DataError, match=r"long.jsonl: the answer 'far far.*' has 53 tokens; expected at most 48"
+    ):
+        trainer(watched).fit(model, datamodule=texts)
     assert not (tmp_path / "metrics.csv").exists()
 
 

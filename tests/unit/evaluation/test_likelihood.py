@@ -88,6 +88,51 @@ def test_shared_beginnings_are_computed_once(model, monkeypatch):
     assert computed == 24 + 2 * 2
 
 
+def test_answers_that_differ_in_their_last_token_are_one_row(model, monkeypatch):
+    computed = []
+    forward = model.hidden_states
+
+    def counting(tokens, *rest, **options):
+        computed.append(tokens.numel())
+        return forward(tokens, *rest, **options)
+
+    draw = random.Random(3)
+    question, longer = ids(draw, 20, 20), ids(draw, 24, 24)
+    pairs = [(question, [letter]) for letter in (4, 5, 6, 6)] + [(longer, [1, 2]), (longer, [1, 3])]
+    # The same inputs as the two before, but with both of their last tokens to be predicted.
+    pairs.append(([*longer, 1], [3]))
+    monkeypatch.setattr(model, "hidden_states", counting)
+    told = []
+    score(model, pairs[:4], CONTEXT, report=told.append)
+    assert computed == [20] and told == [4]
+    monkeypatch.undo()
+    check(model, pairs)
+
+
+@pytest.mark.parametrize("answer", [1, 3])
+def test_what_is_shared_is_not_held_for_all_rows_at_once(model, monkeypatch, answer):
+    most = 0
+    forward = model.hidden_states
+
+    def measuring(tokens, *rest, cache=None, **options):
+        nonlocal most
+        hidden = forward(tokens, *rest, cache=cache, **options)
+        if cache is not None:
+            most = max(most, *(b.shape[0] * b.shape[1] for b in cache.blocks[0]._buffers.values()))
+        return hidden
+
+    draw = random.Random(4)
+    examples = ids(draw, 40 - answer, 40 - answer)
+    pairs = [([*examples, *ids(draw, 2, 4)], ids(draw, answer, answer)) for _ in range(40)]
+    pairs += [(examples, ids(draw, answer + 1, answer + 1)) for _ in range(40)]
+    monkeypatch.setattr(model, "hidden_states", measuring)
+    score(model, pairs, CONTEXT, batch_tokens=100)
+    # Buffers have room for 64 positions at least, where 45 are used.
+    assert 64 < most <= 4 * 100 * 64 / 40
+    monkeypatch.undo()
+    check(model, pairs, batch_tokens=100)
+
+
 def test_a_greedy_continuation_is_one(model):
     prefix = [3, 4, 5]
     chain = list(prefix)

@@ -232,7 +232,7 @@ def test_nothing_is_overwritten_and_a_part_is_not_taken_for_the_whole(dense, tmp
     (tmp_path / "p.txt").write_text("a\n" * 20)
     command = [run, "--file", str(tmp_path / "p.txt"), "--output", str(output), "--batch_size", "1"]
 
-    from memlm import continuations
+    from memlm.generation import continuations
 
     generate, calls = continuations.generate, []
 

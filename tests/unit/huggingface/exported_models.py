@@ -1,5 +1,7 @@
 """Tiny models with random values in all their parameters and buffers, of every architecture that there is."""
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +93,22 @@ STANDARD = {
 }
 
 
-def trained(name: str, seed: int = 0) -> TrainedModel:
-    """A model of one of the architectures, as if it had been loaded."""
+def trained(name: str) -> TrainedModel:
+    """A model of one of the architectures, as if it had been loaded; the caller's own."""
+    architecture, model = copy.deepcopy(_made(name))
+    return TrainedModel(model, ByteTokenizer(), architecture, CONTEXT, Path("some.ckpt"), step=7, tokens=1234)
+
+
+@cache
+def _made(name: str) -> tuple[dict[str, Any], torch.nn.Module]:
+    """Architecture and model; to read an architecture takes much longer than to copy such a model."""
     architecture = {"vocab_size": 257, **ARCHITECTURES[name]}
     architecture["transformer"] = TINY | architecture.get("transformer", {})
     model = build(architecture)
     model.to_empty(device="cpu")
     if model.config.tie_embeddings:
         model.output.weight = model.embedding.weight
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
@@ -111,8 +120,7 @@ def trained(name: str, seed: int = 0) -> TrainedModel:
                 buffer.uniform_(0.5, 1.5) if "var" in key else buffer.normal_(std=0.3)
             else:
                 buffer.zero_()
-    model = model.eval().requires_grad_(False)
-    return TrainedModel(model, ByteTokenizer(), architecture, CONTEXT, Path("some.ckpt"), step=7, tokens=1234)
+    return architecture, model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -158,12 +158,47 @@ def test_nothing_is_overwritten(tmp_path):
     ):
         export(ours, tmp_path / "out")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="file: exists and is a file"):
+    with pytest.raises(CheckpointError, match="file: exists and is no folder"):
         export(ours, tmp_path / "file")
     (tmp_path / "empty").mkdir()
     assert read(export(ours, tmp_path / "empty"))["model_type"] == "llama"
     assert read(export(ours, tmp_path / "deep" / "er"))["model_type"] == "llama"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "file", "out"]
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="dangling: exists and is no folder"):
+        export(ours, tmp_path / "dangling")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "deep", "empty", "file", "out"]
+
+
+@pytest.mark.parametrize("as_given", [".", "link"])
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path, monkeypatch, as_given):
+    """It may be a mount, the current folder, or reached by a link."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    before = folder.stat().st_ino
+    monkeypatch.chdir(folder if as_given == "." else tmp_path)
+    moved = []
+    original = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (moved.append(paths[1].name), original(*paths)))
+    ours = trained("memory plus")
+    export(ours, as_given)
+    assert folder.stat().st_ino == before and (tmp_path / "link").is_symlink()
+    assert moved[-1] == "config.json" and sorted(moved) == sorted(path.name for path in folder.iterdir())
+    assert load_trained(as_given).step == ours.step
+
+
+def test_two_exports_into_one_empty_folder_do_not_mix(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    write, ours = export_module.write_shards, trained("dense")
+
+    def beside(folder, *rest):
+        (tmp_path / "out" / ".other.1.tmp").mkdir()
+        return write(folder, *rest)
+
+    monkeypatch.setattr(export_module, "write_shards", beside)
+    with pytest.raises(CheckpointError, match="out: was empty, and something else writes to it"):
+        export(ours, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".other.1.tmp"]
 
 
 def test_a_full_disk_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

@@ -62,8 +62,16 @@ def test_an_exported_model_comes_back(folder, name):
         assert back.model.state_dict()[key].dtype == tensor.dtype
 
 
-@pytest.mark.parametrize("values", ["bfloat16", "int8", "fp8"])
-@pytest.mark.parametrize("name", ["memory plus", "memory plus bf16", "peer", "engram"])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("memory plus", "bfloat16"),
+        ("memory plus", "int8"),
+        ("memory plus bf16", "fp8"),
+        ("peer", "fp8"),
+        ("engram", "int8"),
+    ],
+)
 def test_quantised_values_come_back_as_what_they_stand_for(folder, name, values):
     model = trained(name)
     export(model, "out", values=values)
@@ -102,7 +110,15 @@ def test_other_types_are_stored_in_fp32(folder):
         assert torch.equal(state[key], tensor if key.startswith("pools.") else tensor.bfloat16().float())
 
 
-@pytest.mark.parametrize("name", ["dense tied, grouped", "mixtral", "memory plus", "engram"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense tied, grouped",
+        "memory plus",
+        pytest.param("mixtral", marks=pytest.mark.slow),
+        pytest.param("engram", marks=pytest.mark.slow),
+    ],
+)
 def test_test_and_fit_go_on_from_an_imported_run(folder, name, capsys):
     export(trained(name), "out")
     assert main(["out", "new", "--paths", "a.txt"]) == 0

@@ -1,5 +1,7 @@
 """Exported models in transformers against ours: logits, generations, padding, losses."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,14 +12,28 @@ from memlm.memory.quantised import held_as
 
 transformers = pytest.importorskip("transformers", reason="an oracle only, no dependency")
 
-OWN = [name for name in ARCHITECTURES if name not in STANDARD]
-WITH_POOLS = [name for name in OWN if not name.startswith("moe")]
+VARIED = ["memory plus", "ultramem", "peer", "engram"]
+"""Of each kind of memory layer one."""
 
 
-@pytest.fixture(autouse=True)
-def modules_of_its_own(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def modules_of_its_own(tmp_path_factory):
     """transformers copies remote code into a cache, by default in the home folder."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("modules")
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(cache))
+        yield
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, modules_of_its_own):
+    """Gives an exported model as transformers loads it, each made once: tests leave it as it is."""
+
+    @cache
+    def made(name, values=None):
+        return load(export(trained(name), tmp_path_factory.mktemp("out") / "model", values=values))
+
+    return made
 
 
 def load(folder, **options):
@@ -38,9 +54,8 @@ def tolerance(name):
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_logits_and_generations_are_those_of_our_model(tmp_path, name):
-    ours = trained(name)
-    theirs = load(export(ours, tmp_path / "out"))
+def test_logits_and_generations_are_those_of_our_model(exported, name):
+    ours, theirs = trained(name), exported(name)
     expected_class = STANDARD.get(name, "MemlmForCausalLM")
     assert type(theirs).__name__ == expected_class
     tokens = tokens_of(2, 100)
@@ -55,9 +70,9 @@ def test_logits_and_generations_are_those_of_our_model(tmp_path, name):
     assert made[0, len(prompt) :].tolist() == greedy(ours.model, prompt, 40)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_a_prompt_padded_on_the_left_is_as_if_it_were_alone(tmp_path, name):
-    theirs = load(export(trained(name), tmp_path / "out"))
+@pytest.mark.parametrize("name", [*VARIED, "moe sigmoid, shared, balanced"])
+def test_a_prompt_padded_on_the_left_is_as_if_it_were_alone(exported, name):
+    theirs = exported(name)
     prompts = [tokens_of(1, length, seed=length)[0].tolist() for length in (3, 11, 7)]
     options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
     alone = [
@@ -70,8 +85,8 @@ def test_a_prompt_padded_on_the_left_is_as_if_it_were_alone(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["memory plus", "engram", "peer"])
-def test_logits_beside_padding_on_either_side(tmp_path, name):
-    theirs = load(export(trained(name), tmp_path / "out"))
+def test_logits_beside_padding_on_either_side(exported, name):
+    theirs = exported(name)
     tokens = tokens_of(3, 20)
     mask = torch.ones(3, 20, dtype=torch.long)
     mask[0, :7], mask[1, 15:] = 0, 0
@@ -97,8 +112,8 @@ def test_every_position_attends_to_one_at_least(past):
 
 
 @pytest.mark.parametrize("name", ["memory plus", "engram", "moe sigmoid, shared, balanced"])
-def test_beams_are_those_without_a_cache(tmp_path, name):
-    theirs = load(export(trained(name), tmp_path / "out"))
+def test_beams_are_those_without_a_cache(exported, name):
+    theirs = exported(name)
     prompt = tokens_of(2, 5)
     options = {
         "max_new_tokens": 12, "num_beams": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 256,
@@ -110,10 +125,9 @@ def test_beams_are_those_without_a_cache(tmp_path, name):
 
 
 @pytest.mark.parametrize("values_format", ["int8", "fp8"])
-@pytest.mark.parametrize("name", WITH_POOLS)
-def test_quantised_values(tmp_path, name, values_format):
-    ours = trained(name)
-    theirs = load(export(ours, tmp_path / "out", values=values_format))
+@pytest.mark.parametrize("name", VARIED)
+def test_quantised_values(exported, name, values_format):
+    ours, theirs = trained(name), exported(name, values_format)
     stored = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[values_format]
     assert all(pool.values.dtype == stored for pool in theirs.model.pools.values())
     for key in ours.model.pools:
@@ -144,8 +158,8 @@ def test_bfloat16_keeps_the_tables_as_they_were_saved(tmp_path, name):
     assert (found - expected).square().mean().sqrt() < 0.2 * expected.std()
 
 
-def test_the_loss_is_the_mean_over_the_next_tokens(tmp_path):
-    theirs = load(export(trained("memory plus"), tmp_path / "out"))
+def test_the_loss_is_the_mean_over_the_next_tokens(exported):
+    theirs = exported("memory plus")
     tokens = tokens_of(2, 9)
     labels = tokens.clone()
     labels[0, :4] = -100
@@ -156,10 +170,11 @@ def test_the_loss_is_the_mean_over_the_next_tokens(tmp_path):
     torch.testing.assert_close(in_all.loss, expected * 13 / 26)
     output.loss.backward()
     assert theirs.model.pools["a"].values.grad.abs().sum() > 0
+    theirs.zero_grad()
 
 
-def test_tokens_in_pieces_and_the_last_logits_alone(tmp_path):
-    theirs = load(export(trained("engram"), tmp_path / "out"))
+def test_tokens_in_pieces_and_the_last_logits_alone(exported):
+    theirs = exported("engram")
     tokens = tokens_of(2, 30)
     with torch.no_grad():
         whole = theirs(tokens, output_hidden_states=True)
@@ -171,8 +186,8 @@ def test_tokens_in_pieces_and_the_last_logits_alone(tmp_path):
     torch.testing.assert_close(theirs.model.output(whole.hidden_states[-1]), whole.logits)
 
 
-def test_what_it_cannot_do_is_said(tmp_path):
-    theirs = load(export(trained("memory plus"), tmp_path / "out"))
+def test_what_it_cannot_do_is_said(exported):
+    theirs = exported("memory plus")
     tokens = tokens_of(1, 5)
     with pytest.raises(ValueError, match="inputs_embeds is not supported"):
         theirs(tokens, inputs_embeds=torch.zeros(1, 5, 32))
@@ -182,8 +197,8 @@ def test_what_it_cannot_do_is_said(tmp_path):
         type(theirs.config)(values_format="int4")
 
 
-def test_saved_by_transformers_and_loaded_again(tmp_path):
-    theirs = load(export(trained("memory in every block"), tmp_path / "out", values="int8"))
+def test_saved_by_transformers_and_loaded_again(exported, tmp_path):
+    theirs = exported("memory in every block", "int8")
     theirs.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")
     tokens = tokens_of(1, 20)

@@ -1,5 +1,6 @@
 """The Python of docs/inspect.md runs as it stands there, and its commands have only options that exist."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from inspected_models import make, random_tokens
 from memlm.inspection.verb import _check, _parser
 
 PAGE = (Path(__file__).parents[3] / "docs" / "inspect.md").read_text(encoding="utf-8")
+CORPUS, CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 COMMANDS = re.findall(r"^    memlm inspect (.*?)(?: +#.*)?$", PAGE, re.MULTILINE)
 
 
@@ -33,8 +35,16 @@ def test_python(monkeypatch):
     class Trained:
         model, tokenizer, context = make("memory"), Tokenizer(), 40
 
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     monkeypatch.setattr("memlm.trained.load_trained", lambda path: Trained())
     names: dict = {}
-    exec(code.replace("[13966, 2617]", "[3, 26]"), names)
+    exec(CODE.replace("[13966, 2617]", "[3, 26]"), names)
     assert len(names["layers"]) == 2
+
+
+def test_corpus(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    exec(CORPUS, {})
+    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
+    assert len(texts) == 2016
+    shown = re.search(r"1885  (.*?)…", PAGE)[1]  # of the page's output: a document's beginning
+    assert texts[1885].startswith(shown.replace("[", "").replace("]", "").strip())

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from data_modules.synthetic_facts import SyntheticFacts
 from memlm import PEERLM, DenseLM, EngramLM, MemoryLM
 from memlm.errors import CheckpointError, DataError
+from memlm.inspection import session
 from memlm.inspection.reads import reads_of
 from memlm.inspection.verb import main
 from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
@@ -56,6 +58,14 @@ def runs(tmp_path_factory, facts):
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def read_once():
+    """Checkpoints are read once for all tests, which leave the models as they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "load_trained", cache(load_trained))
+        yield
+
+
 @pytest.fixture(scope="module")
 def prompt(facts):
     """Six words that the tokenizer knows."""
@@ -81,7 +91,7 @@ def test_reads_of_a_prompt(runs, prompt, kind, tmp_path, capsys):
     assert str(values) in text
     assert max(map(len, text.splitlines()[:-4])) <= 120
     content = json.loads(values.read_text())
-    trained = load_trained(runs / kind)
+    trained = session.load_trained(str(runs / kind), tokenizer=None, device="cpu")
     ids = [trained.tokenizer.eos_id, *trained.tokenizer.encode(prompt)]
     assert [token["id"] for token in content["tokens"]] == ids
     assert [token["text"] for token in content["tokens"]] == ["<eos>", *prompt.split()]
@@ -149,7 +159,7 @@ def test_ablation(runs, kind, prompt, tmp_path, capsys):
     text, content = capsys.readouterr().out, json.loads(values.read_text())
     assert hashlib.sha256(checkpoint.read_bytes()).hexdigest() == before
     assert f"Answer [{words[1]}], 1 token: " in text
-    trained = load_trained(checkpoint)
+    trained = session.load_trained(str(checkpoint), tokenizer=None, device="cpu")
     ids = [trained.tokenizer.eos_id, *trained.tokenizer.encode(prompt)]
     logits = trained.model(torch.tensor([ids[:-1]]))[0, -1].log_softmax(-1)
     assert content["log_likelihood"] == pytest.approx(logits[ids[-1]].item(), abs=1e-4)
@@ -232,6 +242,8 @@ def test_where_answer_and_prompt_meet(runs, prompt, capsys):
             "--ablate: goes with --prompt and --answer, not with --slot",
         ),
         ("memory", ["--prompt", "P", "--top", "0"], "--top: is 0, must be an integer of at least 1"),
+        ("memory", ["--prompt", "P", "--json", "/"], "--json: / is a folder; expected the name of a file"),
+        ("memory", ["--prompt", "\udcff"], "--prompt: is not valid UTF-8 text"),
         ("memory", ["--prompt", "P", "--device", "abacus"], "--device: abacus cannot be used"),
         (
             "engram",

@@ -69,12 +69,25 @@ def test_rows_are_dropped_and_repeated(model):
     chosen = cache.select(rows)
     more = torch.randint(30, (3, 4))
     logits = model(more, cache=chosen)
+    roomy = cache.select(rows, 4)
+    torch.testing.assert_close(model(more, cache=roomy), logits, rtol=0, atol=0)
     for place, row in enumerate(rows.tolist()):
         alone = torch.cat((tokens[row, : counts[row]], more[place]))[None]
         torch.testing.assert_close(logits[place], model(alone)[0, -4:], rtol=1e-4, atol=1e-4)
     assert cache.lengths.tolist() == [5, 2, 4]  # the first one is as it was
     again = model(more[:, :1], cache=cache)
     assert again.shape == (3, 1, 30)
+
+
+@torch.no_grad()
+def test_room_for_more_is_made_at_once(model):
+    cache = Cache(1, 3)
+    model(torch.randint(30, (1, 70)), cache=cache)
+    chosen = cache.select(torch.tensor([0, 0]), more=30)
+    before = [buffer.data_ptr() for block in chosen.blocks for buffer in block._buffers.values()]
+    model(torch.randint(30, (2, 30)), cache=chosen)
+    after = [buffer.data_ptr() for block in chosen.blocks for buffer in block._buffers.values()]
+    assert before and before == after
 
 
 @torch.no_grad()
