@@ -70,6 +70,8 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         detail = str(error).split("\n")[0]
+        if "torch.save" in detail:  # advice to whoever saved it
+            detail = "no archive of torch"
         raise CheckpointError(path, f"is truncated, or is not a checkpoint at all: {detail}") from error
     needed = _NEEDED_KEYS if not path.is_dir() else _NEEDED_KEYS[1:]
     missing = [key for key in needed if not isinstance(checkpoint, dict) or key not in checkpoint]
