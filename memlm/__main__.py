@@ -59,6 +59,7 @@ VERBS = (
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 
 
 def usage() -> str:
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 2 after an error that the user can mend, which is printed as one line; 130 after
-        Ctrl-C.
+        Ctrl-C; 141 if nobody reads the output any more.
 
     Raises:
         Exception: Any error that is not the user's, with its traceback.
@@ -121,10 +122,16 @@ def main(argv: list[str] | None = None) -> int:
     _share_cores()
     try:
         module, function = verb.target.split(":")
-        return getattr(importlib.import_module(module), function)(argv[1:]) or 0
+        code = getattr(importlib.import_module(module), function)(argv[1:]) or 0
+        sys.stdout.flush()  # here, where a broken pipe is an error to be caught
+        return code
     except KeyboardInterrupt:
         print("memlm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read the text has gone, as head does; Python would complain of it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except Exception as error:
         if os.environ.get("MEMLM_TRACEBACK") == "1" or not _is_users(error):
             raise

@@ -1,6 +1,5 @@
 """``memlm compare``: one table of several runs, and a picture of how they learned."""
 
-import argparse
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import yaml
 from memlm.errors import DataError
 from memlm.run_directory import RunFiles
 from memlm.run_metrics import Series, read_metrics
+from memlm.verb_parser import VerbParser
 
 
 class Measure(NamedTuple):
@@ -72,12 +72,15 @@ class Run:
         self.files = RunFiles(directory)
         if not self.files.directory.is_dir():
             raise DataError(directory, "is not a run directory: there is no such folder")
-        if not self.files.metrics.is_file():
+        # A run that was imported and tested has no metrics of training.
+        if not any(path.is_file() for path in (self.files.metrics, self.files.test, self.files.tasks)):
             raise DataError(
-                self.files.metrics, f"is missing: {directory} is not a run directory, or did not train"
+                self.files.metrics,
+                f"is missing, and so are test.json and tasks.json: {directory} is not a run directory, or "
+                "nothing was measured in it",
             )
         self.name = self.files.directory.resolve().name
-        self.metrics = read_metrics(self.files.metrics)
+        self.metrics = read_metrics(self.files.metrics) if self.files.metrics.is_file() else []
         self.model = _read_json(self.files.model)
         self.environment = _read_json(self.files.environment)
         self.test = _read_json(self.files.test)
@@ -202,7 +205,7 @@ def table(comparison: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Runs ``memlm compare``."""
-    parser = argparse.ArgumentParser("memlm compare", description="Print one table of runs and draw them.")
+    parser = VerbParser("memlm compare", "Print one table of runs and draw them.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, such as runs/quickstart")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the table's values here")
     parser.add_argument(

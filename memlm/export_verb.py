@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser, positive
 
 if TYPE_CHECKING:
     from memlm.trained import TrainedModel
@@ -48,12 +49,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm export",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm export", _DESCRIPTION)
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="run directory, .ckpt file or exported folder")
     add("out", type=Path, metavar="OUT", help="folder to write; must be new or empty")
@@ -77,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--measure",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="also measure the loss on N batches of the run's validation data, with the values as they were "
         "saved and as they are exported",
@@ -86,22 +82,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
 def _bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
     if match is None or float(match[1]) * _UNITS[match[2]] < 1:
         raise argparse.ArgumentTypeError(f"is {text}, must be a size such as 500MB or 5GB")
     return round(float(match[1]) * _UNITS[match[2]])
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text}, must be an integer of at least 1")
-    return int(text)
 
 
 def _measure(trained: "TrainedModel", values: str | None, number: int) -> dict[str, float]:

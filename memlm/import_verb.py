@@ -2,9 +2,8 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser
 
 _DESCRIPTION = """\
 Make a run directory of a folder that memlm export has written, or of a Llama, Mistral, Qwen2 or Mixtral of
@@ -34,12 +33,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm import",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm import", _DESCRIPTION)
     add = parser.add_argument
     add("folder", type=Path, metavar="FOLDER", help="folder with config.json and safetensors")
     add("name", metavar="NAME", help="name of the run to make")
@@ -53,8 +47,3 @@ def _parser() -> argparse.ArgumentParser:
         help="text files for the config's data section; they can also be given later, as --data.paths",
     )
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)

@@ -3,11 +3,11 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser, positive
 
 _DESCRIPTION = """\
 Print the parameters of each config's model, the FLOPs and bytes of a token, and what one rank holds in
@@ -40,26 +40,21 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm params",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm params", _DESCRIPTION)
     add = parser.add_argument
     add("-c", "--config", action="append", default=[], metavar="YAML", help="a config; one column for each")
     add("--json", type=Path, metavar="PATH", help="also write all values here")
-    add("--sequence_length", type=_positive, metavar="T", help="tokens of a sequence [the data's]")
+    add("--sequence_length", type=positive, metavar="T", help="tokens of a sequence [the data's]")
     add(
         "--vocab_size",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="rows of the embedding [the config's, else the data's]",
     )
-    add("--ranks", type=_positive, default=1, metavar="W", help="processes that train, one a device [1]")
+    add("--ranks", type=positive, default=1, metavar="W", help="processes that train, one a device [1]")
     add(
         "--memory_group",
-        type=_positive,
+        type=positive,
         metavar="G",
         help="ranks that share one copy of the values, split along the value dim [all]",
     )
@@ -72,23 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", metavar="P", help="32-true, bf16-mixed, bf16-true, ... [trainer.precision]")
     add(
         "--tokens_per_rank",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of a rank in an optimizer step [batch size * T * accumulated batches]",
     )
     add("--match", action="store_true", help="also print the baselines matched to each memory model")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text}, must be an integer of at least 1")
-    return int(text)
 
 
 def columns(files: list[str]) -> list[list[str]]:

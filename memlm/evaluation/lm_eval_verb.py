@@ -13,6 +13,7 @@ from memlm.errors import DataError
 from memlm.generation.sampling_options import integer
 from memlm.run_directory import write_text
 from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -80,12 +81,7 @@ _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rand
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm lm-eval",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm lm-eval", _DESCRIPTION)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run directory, a .ckpt file or an exported folder")
     add(
@@ -138,11 +134,6 @@ def _parser() -> argparse.ArgumentParser:
         help="also write every example, one a line, to FILE.samples.jsonl",
     )
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
 
 
 def _limit(text: str) -> int | float:

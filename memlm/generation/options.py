@@ -3,10 +3,10 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from memlm.generation.sampling_options import NEED_TEMPERATURE, OPTIONS, integer
 from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser
 
 _DESCRIPTION = """\
 Continue texts with a trained model.
@@ -43,12 +43,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm generate",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm generate", _DESCRIPTION)
     add = parser.add_argument
     add("model", metavar="MODEL", help="a run directory, a .ckpt file or an exported folder")
     add("--prompt", action="append", default=[], metavar="TEXT", help='a text to continue; "" begins one')
@@ -88,8 +83,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--long_context", action="store_true", help="allow prompts longer than the model was trained with")
     add("--no_stream", action="store_true", help="print an answer only when it is whole")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)

@@ -3,9 +3,7 @@
 import argparse
 import contextlib
 import importlib
-import os
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -44,10 +42,6 @@ def main(arguments: list[str]) -> int:
     file = None if options.output is None else JsonLinesFile(options.output)
     try:
         _run(options, prompts, file)
-    except BrokenPipeError:
-        # Whoever read the text has gone, as head does; Python would complain of it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
     except BaseException:
         if file is not None:
             file.abandon()

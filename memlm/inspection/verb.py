@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.usage_errors import UsageError
+from memlm.verb_parser import VerbParser, positive
 
 _DESCRIPTION = """\
 Look into the memory of a trained model. One of
@@ -64,33 +65,28 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        "memlm inspect",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = VerbParser("memlm inspect", _DESCRIPTION)
     add = parser.add_argument
     add("model", metavar="MODEL", help="run directory, .ckpt file or exported folder")
     add("--prompt", metavar="TEXT", help="how a document begins")
     add("--answer", metavar="TEXT", help="what follows the prompt; a space is put between if there is none")
     add("--ablate", action="store_true", help="remove slots and measure the answer's log-likelihood")
-    add("--remove", type=_positive, metavar="N", help="how many of the heaviest slots are removed [8]")
+    add("--remove", type=positive, metavar="N", help="how many of the heaviest slots are removed [8]")
     add(
         "--renormalise",
         action="store_true",
         help="let the remaining weights of a head sum to one again [they stay as they are]",
     )
-    add("--draws", type=_positive, metavar="N", help="random draws for each control [3]")
+    add("--draws", type=positive, metavar="N", help="random draws for each control [3]")
     add("--seed", type=int, metavar="N", help="of these draws [0]")
     add("--slot", type=_slot, action="append", metavar="N", help="a row of the pool; may be repeated")
     add("--slots_of", metavar="TEXT", help="the slots that this prompt gives the largest weights")
     add("--pool", metavar="NAME", help="the slots' pool [the only one; of --slots_of: all]")
     add("--corpus", action="append", metavar="FILE", help="text files, folders or patterns; may be repeated")
     add("--text_key", metavar="KEY", help="key of the text in JSON lines, or column of a parquet file [text]")
-    add("--limit", type=_positive, metavar="N", help="documents of the corpus that are read [1000]")
-    add("--top", type=_positive, metavar="N", help="slots shown of each head, or contexts of each slot [8]")
-    add("--last", type=_positive, metavar="N", help="only what so many last tokens of the prompt read [all]")
+    add("--limit", type=positive, metavar="N", help="documents of the corpus that are read [1000]")
+    add("--top", type=positive, metavar="N", help="slots shown of each head, or contexts of each slot [8]")
+    add("--last", type=positive, metavar="N", help="only what so many last tokens of the prompt read [all]")
     add("--png", type=Path, metavar="FILE", help="also draw a picture")
     add("--json", type=Path, metavar="FILE", help="also write all values")
     add("--tokenizer", metavar="FILE", help="the model's tokenizer, if it has moved")
@@ -179,17 +175,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # On one line: a line for each of the many numbers would help nobody.
     write_text(path, json.dumps(content) + os.linesep)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"is {text}, must be an integer of at least 1")
-    return int(text)
 
 
 def _slot(text: str) -> int:

@@ -223,3 +223,13 @@ def test_tasks_and_recall_by_exposures(tmp_path):
     assert line(text, "test/recall_seen_phrasing_1x") == ["0.5000"]
     assert "tasks/book/loss" not in text and "val/recall_4x" not in text
     assert "c was tested at step 4 and evaluated on piqa at step 9" in comparison["warnings"]
+
+
+def test_a_run_that_was_only_tested_is_compared_too(tmp_path, capsys):
+    """As an imported one is: there are no metrics of its training."""
+    tested = make(tmp_path, "tested", test=TEST)
+    (tmp_path / "tested" / "metrics.csv").unlink()
+    assert main([make(tmp_path, "trained", test=TEST), tested]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("test/loss"))
+    assert line.split()[-1] == line.split()[-2] != "-"
+    assert (tmp_path / "compare.png").stat().st_size > 1000

@@ -96,7 +96,7 @@ def test_measured_losses_are_printed_and_in_the_model_card(run, tmp_path, capsys
         (["--measure", "0"], r"argument --measure: is 0, must be an integer of at least 1"),
         (["--measure", "2"], r"--measure: the values are exported as they are, which costs nothing"),
         (["--measure", "2", "--values", "float32"], r"--measure: the values are exported as they are"),
-        (["--wrong"], r"unrecognized arguments: --wrong"),
+        (["--wrong"], r"--wrong: is not an option of memlm export"),
     ],
 )
 def test_options_that_cannot_be_are_named(run, tmp_path, words, message):

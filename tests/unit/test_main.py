@@ -121,3 +121,30 @@ def test_waiting_threads_sleep_early_unless_the_environment_says_otherwise(monke
     monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     entry.main(["completion"])
     assert os.environ["GOMP_SPINCOUNT"] == "5"
+
+
+NOISY = """
+import sys, types
+from memlm import __main__ as entry
+noisy = types.ModuleType("noisy")
+noisy.main = lambda arguments: print("x" * int(arguments[0]))
+sys.modules["noisy"] = noisy
+entry.VERBS = (entry.Verb("noisy", "", "noisy:main"),)
+sys.exit(entry.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("length", [10, 1_000_000])
+def test_nobody_reads_the_output_any_more(length):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", NOISY, "noisy", str(length)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -276,7 +276,7 @@ def test_nothing_is_overwritten_and_a_part_is_not_taken_for_the_whole(dense, tmp
         (["--batch_size", "0"], "argument --batch_size: is 0, must be an integer of at least 1"),
         (["--device", "nonsense"], "--device: nonsense cannot be used: Expected one of cpu, cuda"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--nonsense"], "--nonsense: is not an option of memlm generate"),
         (["--tokenizer", "no.json"], "no.json"),
     ],
 )

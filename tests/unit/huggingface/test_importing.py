@@ -322,7 +322,7 @@ def test_a_full_disk_leaves_nothing_that_looks_whole(folder, monkeypatch):
         ([], "required: FOLDER, NAME"),
         (["out"], "required: NAME"),
         (["out", "../new"], "run.name: '../new' is not the name of a folder under run.root 'runs'"),
-        (["out", "new", "--name", "x"], "unrecognized arguments: --name x"),
+        (["out", "new", "--name", "x"], "--name x: is not an option of memlm import"),
     ],
 )
 def test_wrong_words_are_one_line(folder, arguments, message):
