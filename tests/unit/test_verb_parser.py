@@ -21,8 +21,14 @@ def test_what_is_known(parser):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["m", "--max-new-tokens", "3"], "--max-new-tokens 3: .* of memlm verb; did you mean --max_new_tokens?"),
-        (["m", "--max_new_token=3"], "--max_new_token=3: is not an option of .* did you mean --max_new_tokens?"),
+        (
+            ["m", "--max-new-tokens", "3"],
+            "--max-new-tokens 3: .* of memlm verb; did you mean --max_new_tokens?",
+        ),
+        (
+            ["m", "--max_new_token=3"],
+            "--max_new_token=3: is not an option of .* did you mean --max_new_tokens?",
+        ),
         (["m", "--max"], "--max: is not an option of memlm verb$"),  # no abbreviations, and nothing near
         (["m", "n"], "n: is not an option of memlm verb$"),
         ([], "required: model"),
