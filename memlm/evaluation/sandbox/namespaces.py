@@ -71,14 +71,14 @@ def replace_root(place: str, readable: Sequence[str], hidden: Sequence[str], spa
     safe = _NO_SETUID | _NO_DEVICES
     call("mount", None, b"/", None, _RECURSIVE | _PRIVATE, None)
     _mount_memory(place, safe, "size=1m,mode=755")
-    for path in _outermost(readable):
+    os.makedirs(place + WORK)
+    options = f"size={space},nr_inodes=4096,mode=700,uid={NOBODY},gid={NOBODY}"
+    _mount_memory(place + WORK, safe | _NO_PROGRAMS, options)
+    for path in _outermost(readable):  # after it, for a Python may lie in it
         _show(path, place + path)
     for path in hidden:
         if os.path.isdir(place + path):
             _mount_memory(place + path, safe | _READ_ONLY, "size=4k,mode=755")
-    os.makedirs(place + WORK)
-    options = f"size={space},nr_inodes=4096,mode=700,uid={NOBODY},gid={NOBODY}"
-    _mount_memory(place + WORK, safe | _NO_PROGRAMS, options)
     os.makedirs(place + "/dev")
     os.close(os.open(place + os.devnull, os.O_CREAT, 0o600))
     call("mount", os.devnull.encode(), (place + os.devnull).encode(), None, _BIND, None)

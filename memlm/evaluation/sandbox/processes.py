@@ -111,7 +111,9 @@ def run(parts: Sequence[tuple[str, str]], limits: Limits, layers: Sequence[str])
 
 def interpreter_folders() -> tuple[list[str], list[str]]:
     """Folders with what Python's standard library needs, and those in them that hold other packages."""
-    libraries = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib")]
+    # Of a virtual environment those of the Python that it is made from.
+    prefixes = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    libraries = [sysconfig.get_path(name, vars=prefixes) for name in ("stdlib", "platstdlib")]
     readable = [*_SYSTEM, *libraries, *map(os.path.dirname, libraries)]
     hidden = [os.path.join(path, name) for path in libraries for name in ("site-packages", "dist-packages")]
     return readable, [*hidden, "/usr/lib/python3/dist-packages"]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import venv
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -349,3 +350,22 @@ def test_a_library_that_the_programs_user_cannot_read_is_told(monkeypatch):
     monkeypatch.setattr(processes, "interpreter_folders", lambda: ([], []))
     with pytest.raises(SandboxUnavailable, match=r"cannot be run safely here: .*can every user read"):
         Sandbox()
+
+
+def test_a_virtual_environment_where_programs_write(tmp_path):
+    """An environment below /tmp, which is another folder in the sandbox."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    program = (
+        "import sys\nfrom memlm.evaluation.sandbox.execution import Sandbox\n"
+        "assert sys.prefix != sys.base_prefix\n"
+        "print(Sandbox().check('import json, hashlib', 'assert json').verdict)"
+    )
+    root = Path(processes.__file__).parents[3]
+    done = subprocess.run(
+        [environment / "bin" / "python", "-c", program],
+        env={"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("passed\n", "")
