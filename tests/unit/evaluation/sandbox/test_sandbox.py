@@ -248,7 +248,8 @@ def test_some_hostile_programs(layers, outside):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_goes_on_when_who_asked_is_killed(kill, tmp_path):
     script = (
-        "from memlm.evaluation.sandbox.execution import Sandbox\n"
+        "import signal\nfrom memlm.evaluation.sandbox.execution import Sandbox\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a job in the background ignores
         "sandbox = Sandbox(seconds=100); print('ready', flush=True); sandbox.check('while True: pass', '')"
     )
     asking = subprocess.Popen(
