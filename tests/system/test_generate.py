@@ -126,6 +126,7 @@ class Terminal:
         self.child, self.terminal = pty.fork()
         if self.child == 0:
             os.environ |= {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
             os.execv(command[0], command)
         self.shown = ""
 
