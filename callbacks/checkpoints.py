@@ -13,6 +13,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from memlm.parallel.checkpoint_folder import read_whole
+from memlm.parallel.folder_swap import copy, link, put_in_place
+from memlm.parallel.strategy import MemoryParallelStrategy
+
 
 class Checkpoints(Checkpoint):
     """Writes ``last.ckpt``, and ``best.ckpt`` when the validation loss is the lowest so far.
@@ -22,7 +26,7 @@ class Checkpoints(Checkpoint):
 
     Lightning's ModelCheckpoint renews ``last.ckpt`` only when the monitored metric is among the best, writes
     every best checkpoint twice, and writes nothing when no validation ran. Here each state is written once;
-    ``best.ckpt`` is a second name of the same file.
+    ``best.ckpt`` is a second name of the same file, or a folder of second names where several ranks write.
 
     Args:
         directory: Folder of the checkpoints.
@@ -92,7 +96,8 @@ class Checkpoints(Checkpoint):
         last = self.directory / "last.ckpt"
         trainer.save_checkpoint(last, weights_only=False)  # all of it, not the weights alone
         if best and trainer.is_global_zero:
-            _second_name(last, self.directory / "best.ckpt")
+            new_files = isinstance(trainer.strategy, MemoryParallelStrategy)
+            _second_name(last, self.directory / "best.ckpt", new_files)
         trainer.strategy.barrier("Checkpoints")
 
 
@@ -108,15 +113,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
         torch.save(checkpoint, temporary)
-        os.replace(temporary, path)
+        if path.is_dir():  # of a run on several ranks that goes on with one
+            put_in_place(temporary, path)
+        else:
+            os.replace(temporary, path)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read_whole(Path(path), weights_only is None or weights_only)
+        return super().load_checkpoint(path, map_location or (lambda storage, loc: storage), weights_only)
 
 
-def _second_name(source: Path, target: Path) -> None:
+def _second_name(source: Path, target: Path, new_files: bool) -> None:
+    """Give a checkpoint a second name.
+
+    Args:
+        source: The checkpoint.
+        target: Its second name.
+        new_files: Whether the next checkpoint of the first name has files of its own, if this is a folder.
+            Other strategies write into those that are there.
+    """
     temporary = target.with_name(f".{target.name}.tmp")
-    if source.is_dir():  # a sharded checkpoint
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
+    if source.is_dir():  # several ranks wrote it
+        (link if new_files else copy)(source, target)
         return
+    if target.is_dir():
+        shutil.rmtree(target)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)

@@ -37,6 +37,7 @@ VERBS = (
     Verb("inspect", "show what a prompt reads, and what a slot answers to", "memlm.inspection.verb:main"),
     Verb("export", "write a model as a Hugging Face folder", "memlm.export_verb:main"),
     Verb("import", "make a run of an exported or a Hugging Face folder", "memlm.import_verb:main"),
+    Verb("consolidate", "make one file of a sharded checkpoint", "memlm.consolidate_verb:main"),
     Verb("compare", "print one table of several runs and draw their curves", "memlm.compare:main"),
     Verb(
         "params",

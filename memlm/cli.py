@@ -1,6 +1,7 @@
 """The verbs fit, validate, test and predict: LightningCLI with run directories and a resume policy."""
 
 import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,9 @@ from memlm.errors import ConfigError
 from memlm.huggingface import read_architecture
 from memlm.language_models import LanguageModel
 from memlm.loggers import run_loggers
+from memlm.memory.pool import values_without_memory
+from memlm.parallel.placing import check_pools
+from memlm.parallel.strategy import GROUP_KEY, MemoryParallelStrategy, is_memory_parallel
 from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
 from memlm.run_directory import RunConfig, RunFiles
 from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
@@ -160,9 +164,13 @@ class CommandLine(LightningCLI):
         # Where a key may be null, the parser turns whatever a constructor raises into a ValueError on types.
         raised: list[Exception] = []
 
+        # A value table that is split is never whole on any rank: each makes its own part later.
+        split = is_memory_parallel(self.config[self.verb].trainer.strategy)
+
         def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
             try:
-                return cls(*args, **kwargs)
+                with values_without_memory() if split else nullcontext():
+                    return cls(*args, **kwargs)
             except Exception as error:
                 raised.append(error)
                 raise
@@ -208,6 +216,9 @@ class CommandLine(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # such as an unknown strategy
             raise ConfigError("trainer", str(error)) from error
+        if isinstance(trainer.strategy, MemoryParallelStrategy):
+            # Before other processes start: this one says it once, where they would all say it.
+            check_pools(self.model.transformer, trainer.strategy.group_size, GROUP_KEY)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

@@ -17,6 +17,7 @@ from memlm.kernels.backend import select
 from memlm.memory import MemoryPlan, MemoryPool
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
 from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
+from memlm.parallel.strategy import GROUP_KEY, MemoryParallelStrategy
 from memlm.pretrained import PretrainedConfig, is_memory
 from memlm.resume import flatten, plain
 from memlm.transformer import MoEConfig, Transformer, TransformerConfig
@@ -65,6 +66,7 @@ class LanguageModel(pl.LightningModule):
         self._compile = compile
         self.vocab_size = vocab_size
         self.transformer = Transformer(vocab_size, transformer, memory_plan, experts)
+        self._placed = False
         if pretrained is not None and pretrained.train == "memory":
             for name, parameter in self.transformer.named_parameters():
                 parameter.requires_grad_(is_memory(name))
@@ -102,6 +104,17 @@ class LanguageModel(pl.LightningModule):
 
     # -- training
 
+    def configure_model(self) -> None:
+        """Give each rank its part of the model, where the strategy splits it."""
+        strategy = self.trainer.strategy
+        if self._placed or not isinstance(strategy, MemoryParallelStrategy):
+            return
+        from memlm.parallel.placing import check_pools, place
+
+        check_pools(self.transformer, strategy.memory_mesh.group_size, GROUP_KEY)
+        place(self.transformer, strategy.memory_mesh, strategy.root_device)
+        self._placed = True
+
     def setup(self, stage: str) -> None:
         """Check what only the Trainer knows; prepare the metrics."""
         if stage == "fit":
@@ -137,11 +150,11 @@ class LanguageModel(pl.LightningModule):
             )
         if not self.pools:
             return
-        if self.trainer.world_size > 1:
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, MemoryParallelStrategy):
             raise ConfigError(
-                "trainer.devices",
-                f"gives {self.trainer.world_size} processes; the rows of a memory pool are exchanged between "
-                "processes only by memory parallelism, which does not exist yet. Train on one device",
+                "trainer.strategy",
+                f"is {type(self.trainer.strategy).__name__} with {self.trainer.world_size} processes; the "
+                "rows of a memory pool are exchanged between processes by memory_parallel alone",
             )
         if str(self.trainer.precision).startswith("16"):
             raise ConfigError(
@@ -164,15 +177,22 @@ class LanguageModel(pl.LightningModule):
         """Mean next-token loss of the batch's counted targets (nats); 0 if it has none."""
         logits = self(batch["tokens"], batch.get("documents"))
         # A mean over no target would be NaN, and one such batch the end of the run.
-        counted = (batch["targets"] != IGNORED).sum().clamp(min=1)
+        counted = self._mean_over_ranks((batch["targets"] != IGNORED).sum())
+        counted = counted.clamp(min=1 / self.trainer.world_size)
         loss = summed_loss(logits, batch["targets"]) / counted
         self.tokens_seen += batch["tokens"].numel() * self.trainer.world_size
-        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("train/tokens", float(self.tokens_seen))
         for name, extra in self._layer_losses().items():
             self.log(f"train/loss_{name}", extra.detach())
             loss = loss + extra
         return loss
+
+    def _mean_over_ranks(self, count: Tensor) -> Tensor:
+        """The mean of a count: gradients are means over ranks, and every target shall weigh the same."""
+        if self.trainer.world_size == 1:
+            return count
+        return cast(Tensor, self.trainer.strategy.reduce(count.float(), reduce_op="mean"))
 
     def _layer_losses(self) -> dict[str, Tensor]:
         """Weighted losses that layers ask for (experts, Tucker's core), means over those that do."""

@@ -11,6 +11,7 @@ from memlm.flops import count, parts
 from memlm.matching import baselines
 from memlm.meta_model import parse
 from memlm.optim import configure
+from memlm.parallel.traffic import traffic
 from memlm.rank_memory import Mesh, convert, rank_memory
 
 
@@ -44,6 +45,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         max_steps=sys.maxsize,
     )
     held = rank_memory(transformer, optimizer, mesh, tokens)
+    sent = traffic(transformer, mesh, tokens, parsed.options.trainer.accumulate_grad_batches)
     found = {
         "name": "+".join(Path(file).stem for file in files) or type(model).__name__,
         "configs": files,
@@ -52,7 +54,13 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         "sequence_length": length,
         **count(transformer, length).as_dict(),
         "parts": parts(transformer),
-        "rank": {**asdict(mesh), "precision": str(precision), "tokens": tokens, "bytes": held.as_dict()},
+        "rank": {
+            **asdict(mesh),
+            "precision": str(precision),
+            "tokens": tokens,
+            "bytes": held.as_dict(),
+            "sent": sent.as_dict(),
+        },
     }
     memory = model.sections.get("memory")
     if options.match and memory is not None:

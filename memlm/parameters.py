@@ -11,7 +11,9 @@ from memlm.verb_parser import VerbParser, positive
 
 _DESCRIPTION = """\
 Print the parameters of each config's model, the FLOPs and bytes of a token, and what one rank holds in
-training. Nothing is allocated, and no text is read.
+training and sends to others in a step. Nothing is allocated, and no text is read.
+
+The mesh of ranks is --ranks by --memory_group; --mesh 64x8 says both: 64 ranks in groups of 8.
 
 Further options are those of memlm fit, and hold for every config: --model.memory.half_keys 2048.
 A config that names no model class lies over the one before it."""
@@ -20,6 +22,11 @@ A config that names no model class lies over the one before it."""
 def main(arguments: list[str]) -> int:
     """Runs ``memlm params``."""
     options, words = _parser().parse_known_args(arguments)
+    if options.mesh is not None:
+        if options.ranks is not None or options.memory_group is not None:
+            raise UsageError("--mesh: says what --ranks and --memory_group say; give either")
+        options.ranks, options.memory_group = options.mesh
+    options.ranks = options.ranks or 1
     # Seconds of imports, which --help need not wait for.
     from memlm.model_costs import describe
     from memlm.parameters_table import baseline_text, table
@@ -51,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rows of the embedding [the config's, else the data's]",
     )
-    add("--ranks", type=positive, default=1, metavar="W", help="processes that train, one a device [1]")
+    add("--mesh", type=_mesh, metavar="WxG", help="--ranks W --memory_group G in one")
+    add("--ranks", type=positive, metavar="W", help="processes that train, one a device [1]")
     add(
         "--memory_group",
         type=positive,
@@ -73,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--match", action="store_true", help="also print the baselines matched to each memory model")
     return parser
+
+
+def _mesh(text: str) -> tuple[int, int]:
+    numbers = text.split("x")
+    if len(numbers) != 2 or not all(number.isdecimal() and int(number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"is {text}, must be ranks x group, such as 64x8")
+    return int(numbers[0]), int(numbers[1])
 
 
 def columns(files: list[str]) -> list[list[str]]:

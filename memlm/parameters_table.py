@@ -20,6 +20,16 @@ _BYTES = (
     ("values_state", "values' optimizer state"),
     ("total", "all bytes"),
 )
+_SENT = (
+    ("reads_forward", "reads forward"),
+    ("reads_backward", "reads backward"),
+    ("row_gradients", "row gradients, at most"),
+    ("rows", "updated rows, at most"),
+    ("dense_weights", "dense weights"),
+    ("dense_gradients", "dense gradients"),
+    ("batch_norms", "statistics of batch norms"),
+    ("total", "all bytes"),
+)
 
 
 def table(models: list[dict[str, Any]]) -> str:
@@ -53,6 +63,11 @@ def table(models: list[dict[str, Any]]) -> str:
         row(name, lambda model, key=key: model["rank"][key], _plain)  # type: ignore[misc]
     for key, name in _BYTES:
         row(name, lambda model, key=key: model["rank"]["bytes"][key], size)  # type: ignore[misc]
+    if all(model["rank"]["ranks"] == 1 for model in models):
+        return _aligned(lines)
+    lines.append(["sent by it in a step"])
+    for key, name in _SENT:
+        row(name, lambda model, key=key: model["rank"]["sent"][key], size)  # type: ignore[misc]
     return _aligned(lines)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from memlm.errors import ConfigError
 from memlm.memory import MemoryPool
 from memlm.optim import MemoryAdamW
+from memlm.parallel.dense_split import share
 from memlm.transformer import Block, Transformer
 
 _DTYPES: dict[str, torch.dtype | None] = {
@@ -48,7 +49,7 @@ class Mesh:
     memory_group: int = 1
     """G: ranks that share one copy of the value tables, each with a slice of every row; divides ranks."""
     shard_dense: bool = False
-    """Whether the other parameters are split over all ranks too, by their first dimension (FSDP)."""
+    """Whether the other parameters are split over all ranks too (FSDP)."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "memory_group"):
@@ -71,7 +72,8 @@ class RankMemory:
     values: int
     """The value tables."""
     row_gradients: int
-    """Sums of the rows read, at most: every read of another row."""
+    """Sums of the rows that the memory group reads, at most: every read of another row. Of several ranks also
+    the sums over all of them of the rows that this one updates."""
     values_state: int
     """Optimizer state of the value tables, as their options have it."""
 
@@ -98,7 +100,7 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
         tokens: Tokens of one rank in an optimizer step.
 
     Raises:
-        ConfigError: A memory group has more ranks than a value has elements.
+        ConfigError: The ranks of a memory group do not divide the elements of a value.
     """
     pools = {name: cast(MemoryPool, pool) for name, pool in model.pools.items()}
     tables = {id(pool.values) for pool in pools.values()}
@@ -106,19 +108,25 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
     split = mesh.ranks if mesh.shard_dense else 1
     group, groups = mesh.memory_group, mesh.ranks // mesh.memory_group
     for name, pool in pools.items():
-        if group > pool.value_dim:
+        if pool.value_dim % group:
             raise ConfigError(
-                "memory_group", f"is {group}, but the values of pool {name} have {pool.value_dim} elements"
+                "memory_group",
+                f"is {group}, must divide the {pool.value_dim} elements of a value of pool {name!r}",
             )
     reads = reads_per_token(model)
     return RankMemory(
-        dense_weights=_bytes(dense, split),
-        dense_gradients=_bytes((parameter for parameter in dense if parameter.requires_grad), split),
-        dense_state=_bytes((state for p in dense for state in optimizer.state.get(p, {}).values()), split),
+        dense_weights=_dense_bytes(dense, split),
+        dense_gradients=_dense_bytes((parameter for parameter in dense if parameter.requires_grad), split),
+        dense_state=_dense_bytes(
+            (state for p in dense for state in optimizer.state.get(p, {}).values()), split
+        ),
         values=_bytes((pool.values for pool in pools.values()), 1, group),
         row_gradients=sum(
-            min(reads[name] * tokens * group, pool.slots)
-            * -(-pool.value_dim // group)
+            (
+                min(reads[name] * tokens * group, pool.slots)
+                + (-(-min(reads[name] * tokens * mesh.ranks, pool.slots) // groups) if mesh.ranks > 1 else 0)
+            )
+            * (pool.value_dim // group)
             * torch.promote_types(pool.values.dtype, torch.float32).itemsize
             for name, pool in pools.items()
             if pool.values.requires_grad
@@ -138,6 +146,11 @@ def reads_per_token(model: Transformer) -> Counter[str]:
         for name in block.pool_names:
             reads[name] += cast(int, cast(nn.Module, block.memory).rows_read)
     return reads
+
+
+def _dense_bytes(tensors: Iterable[Tensor], ranks: int) -> int:
+    """Of the largest share of each."""
+    return sum(share(tensor.shape, ranks) * tensor.element_size() for tensor in tensors)
 
 
 def _bytes(tensors: Iterable[Tensor], rows: int, columns: int = 1) -> int:

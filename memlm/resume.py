@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from memlm.errors import CheckpointError, ConfigError
+from memlm.parallel.folder_swap import recover
 from memlm.run_directory import RunFiles
 
 _NEEDED_KEYS = ("state_dict", "global_step", "architecture")
@@ -25,6 +26,8 @@ def resolve_checkpoint(ckpt_path: str, run: RunFiles, weights_only: bool = True)
     Raises:
         CheckpointError: if there is no such checkpoint.
     """
+    for own in (run.best, run.last):
+        recover(own)
     if ckpt_path == "best":
         if not run.best.exists():
             raise CheckpointError(run.best, f"does not exist: run {run.directory} has no best checkpoint")
@@ -41,6 +44,7 @@ def resolve_checkpoint(ckpt_path: str, run: RunFiles, weights_only: bool = True)
             found, key=lambda path: (read_checkpoint(path, weights_only)["global_step"], path == run.last)
         )
     path = Path(ckpt_path)
+    recover(path)
     if not path.exists():
         hint = "" if path.suffix else "; expected last, best or the path of a .ckpt file"
         raise CheckpointError(path, f"does not exist{hint}")

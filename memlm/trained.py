@@ -116,6 +116,7 @@ def assign(model: Transformer, state: Mapping[str, Tensor], where: Path) -> None
 
 
 def _from_checkpoint(path: Path, tokenizer: str | None) -> TrainedModel:
+    from memlm.parallel.checkpoint_folder import read_whole
     from memlm.resume import read_checkpoint, resolve_checkpoint
 
     if path.is_dir() and not (path / "meta.pt").exists():
@@ -126,13 +127,7 @@ def _from_checkpoint(path: Path, tokenizer: str | None) -> TrainedModel:
         path = resolve_checkpoint("last", RunFiles(path))
     elif not path.exists():
         raise CheckpointError(path, "does not exist; expected a run directory, a .ckpt file or a folder")
-    if path.is_dir():
-        raise CheckpointError(
-            path,
-            "is a sharded checkpoint; python -m lightning.fabric.utilities.consolidate_checkpoint makes a "
-            "file of it",
-        )
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_whole(path, optimizer=False) if path.is_dir() else read_checkpoint(path)
     architecture = checkpoint["architecture"]
     model = _built(architecture, path)
     prefix = "transformer."

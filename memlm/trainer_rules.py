@@ -82,6 +82,8 @@ def quiet() -> None:
     """Silences advertisements and advice that does not apply to endless in-memory streams."""
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning 2.6 on torch 2.13
+    # FSDP2's own calls.
+    warnings.filterwarnings("ignore", message=r".*(all_gather_into|reduce_scatter)_tensor. is deprecated")
     # These are reduced over all ranks before they are logged.
     reduced = r"(val|test)/(.*/)?(loss|perplexity|bits_per_byte|recall\w*)|train/tokens"
     warnings.filterwarnings("ignore", message=rf".*self\.log\('({reduced})'.*sync_dist=True")

@@ -71,6 +71,7 @@ def update_rows(
             float(update.decay_log),
             update.step,
             np.uint32(key),
+            (update.first_row, update.first_column),
         )
     # Autograd must notice when a table is changed between a forward pass and its backward pass.
     torch.autograd.graph.increment_version(values)
@@ -98,8 +99,10 @@ def _update(
     decay_log,
     step,
     key,
+    place,
 ):
-    """``table``: fp32 values or masters. ``halves``: the bits of bf16 values."""
+    """``table``: fp32 values or masters. ``halves``: the bits of bf16 values. ``place``: of both in a larger
+    table."""
     columns = sums.shape[1]
     factor, rate, correction, eps, new1, new2 = scalars
     for chunk in prange((rows.shape[0] + _CHUNK - 1) // _CHUNK):
@@ -156,7 +159,7 @@ def _update(
                 if table.shape[0] > 0:
                     _round_to_nearest(p, halves[row])
                 else:
-                    _round_stochastically(p, halves[row], _row_key(row, key))
+                    _round_stochastically(p, halves[row], _row_key(row + place[0], key), place[1])
 
 
 @njit(fastmath=_FAST, error_model="numpy")
@@ -216,12 +219,12 @@ def _row_key(row, key):
 
 
 @njit
-def _round_stochastically(p, halves, row_key):
+def _round_stochastically(p, halves, row_key, first_column):
     """See :func:`memlm.kernels.update.rounding_bits`."""
     bits = p.view(np.uint32)
     for i in range(p.shape[0]):
         exact = bits[i]
-        random = _mix(row_key ^ np.uint32(i)) & np.uint32(0xFFFF)
+        random = _mix(row_key ^ np.uint32(first_column + i)) & np.uint32(0xFFFF)
         if (exact & np.uint32(0x7F800000)) == np.uint32(0x7F800000):
             random = np.uint32(0)  # infinity and NaN stay what they are
         halves[i] = np.uint16(np.uint32(exact + random) >> np.uint32(16))

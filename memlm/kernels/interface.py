@@ -60,6 +60,10 @@ class RowUpdate:
     """Sum of ``log(1 - lr_s * weight_decay)`` over all steps so far, this one included."""
     seed: int = 0
     """Of the stochastic rounding; below 2^63."""
+    first_row: int = 0
+    """Where the rows of ``values`` lie in a larger table, for the stochastic rounding."""
+    first_column: int = 0
+    """The same of their columns."""
 
 
 class RowState(NamedTuple):

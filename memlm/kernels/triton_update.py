@@ -54,6 +54,8 @@ def update_rows(
             float(update.decay_log),
             update.step,
             key,
+            update.first_row,
+            update.first_column,
             METHOD=update.method,
             V=dim,
             COLUMNS=columns,
@@ -68,7 +70,7 @@ def _log(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e300
 
 
-@triton.jit(do_not_specialize=["step", "key"])
+@triton.jit(do_not_specialize=["step", "key", "first_row", "first_column"])
 def _update_rows(
     values,
     master,
@@ -93,6 +95,8 @@ def _update_rows(
     decay_log: tl.float64,
     step,
     key,
+    first_row,
+    first_column,
     METHOD: tl.constexpr,
     V: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -156,7 +160,7 @@ def _update_rows(
             tl.store(master + element, value, inside)
             tl.store(values + element, narrowed(value, values.dtype.element_ty), inside)
         elif values.dtype.element_ty == tl.bfloat16:
-            random = _rounding_bits(row, column, key)
+            random = _rounding_bits(row + first_row, column + first_column, key)
             tl.store(values + element, _rounded(value, random), inside)
         else:
             tl.store(values + element, narrowed(value, values.dtype.element_ty), inside)

@@ -27,7 +27,7 @@ def rounding_key(seed: int, step: int) -> int:
     return mix(mix(mix(seed & _MASK) ^ (seed >> 32)) ^ step)
 
 
-def rounding_bits(rows: Tensor, columns: int, seed: int, step: int) -> Tensor:
+def rounding_bits(rows: Tensor, columns: int, seed: int, step: int, first_column: int = 0) -> Tensor:
     """Random bits in ``[0, 2^16)`` for every element of some rows.
 
     A hash of seed, step, row and column: the same whatever the other rows, the threads or the backend, so
@@ -40,7 +40,7 @@ def rounding_bits(rows: Tensor, columns: int, seed: int, step: int) -> Tensor:
     row = rows.to(torch.int64)
     key = rounding_key(seed, step)
     row_key = mix(mix((row & _MASK) ^ key) ^ (row >> 32))
-    column = torch.arange(columns, device=rows.device)
+    column = torch.arange(first_column, first_column + columns, device=rows.device)
     return mix(row_key.unsqueeze(1) ^ column) & 0xFFFF
 
 
@@ -106,7 +106,8 @@ def _update_chunk(
     if state.master is not None:
         state.master[rows] = row
     if values.dtype == torch.bfloat16 and state.master is None:
-        random = rounding_bits(rows, values.shape[1], update.seed, update.step)
+        whole = rows + update.first_row
+        random = rounding_bits(whole, values.shape[1], update.seed, update.step, update.first_column)
         values[rows] = round_stochastically(row, random)
     else:
         values[rows] = row.to(values.dtype)

@@ -1,6 +1,9 @@
 """The pool of values: the one owner of the value table, and of its row gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +13,47 @@ from memlm.kernels.checks import check_dot, check_read
 from memlm.memory.file_rows import FileRows
 from memlm.memory.row_gradient import RowGradient
 
+_DRAWN_AT_ONCE = 1 << 22
+"""Elements of the initial values; 16 rows or a multiple of them, for torch draws numbers by 16."""
+
+_without_memory: ContextVar[bool] = ContextVar("without_memory", default=False)
+
+
+@contextmanager
+def values_without_memory() -> Iterator[None]:
+    """Within it, pools are made with values on the meta device: for a model that is to be split."""
+    token = _without_memory.set(True)
+    try:
+        yield
+    finally:
+        _without_memory.reset(token)
+
+
 Operator = Callable[[Tensor, Tensor, Tensor, str, int, bool], Tensor]
 """``memlm::read`` or ``memlm::dot``."""
+
+
+class Exchange(Protocol):
+    """What ranks that hold columns of one table send each other; see :mod:`memlm.parallel.group_exchange`."""
+
+    size: int
+    rank: int
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[N, ...]`` to those of all ranks ``[G * N, ...]``."""
+        ...
+
+    def columns_to_tokens(self, x: Tensor) -> Tensor:
+        """``[G * N, V / G]`` to ``[N, V]``."""
+        ...
+
+    def tokens_to_columns(self, x: Tensor) -> Tensor:
+        """``[N, V]`` to ``[G * N, V / G]``."""
+        ...
+
+    def sum_to_tokens(self, x: Tensor) -> Tensor:
+        """``[G * N, ...]`` to ``[N, ...]``, summed over the ranks."""
+        ...
 
 
 class MemoryPool(nn.Module):
@@ -30,12 +72,13 @@ class MemoryPool(nn.Module):
         start_at_zero: Whether the values are zero at first.
 
     Attributes:
-        values: ``[S, V]`` parameter.
+        values: ``[S, V]`` parameter; a DTensor where ranks hold parts of it.
         gradient: The compact gradient of the values.
         observers: Functions called with ``(slots [N, L], weights [N, L])``, without gradient, at every read,
             and at every dot with weights of one. ``N`` is a multiple of the batch's tokens where a token
             reads in several parts. They run inside the forward pass, and interrupt a compiled graph: keep
             them free of host synchronisation.
+        exchange: If not None, this rank holds some columns of the values, and others the others.
         file_rows: If not None, rows are read from the values' file: see
             :func:`memlm.memory.mapped.bound_residency`.
     """
@@ -53,20 +96,42 @@ class MemoryPool(nn.Module):
         self.start_at_zero = start_at_zero
         self.slots = slots
         self.value_dim = value_dim
-        self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype))
+        device = "meta" if _without_memory.get() else None
+        self.values = nn.Parameter(torch.empty(slots, value_dim, dtype=dtype, device=device))
         self.gradient = RowGradient(slots, kernels, alone)
         self.observers: list[Callable[[Tensor, Tensor], None]] = []
+        self.exchange: Exchange | None = None
         self.file_rows: FileRows | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """What this rank holds of the values, ``[S, V / G]``: all of them, unless they are split."""
+        if self.exchange is None:
+            return self.values
+        values: Any = self.values
+        # A leaf: through the DTensor, autograd would make a gradient of the table's size.
+        return values.detach().to_local().requires_grad_(values.requires_grad)
 
     def initialise(self, residual_scale: float) -> None:
         """Values normal with std ``V^-1/2`` (released code of the paper), or zero.
 
         Of pre-values too, whose ``V`` is the model dim: dot products with a normalised input have std 1.
+        Drawn by blocks of rows, of which a rank that holds some columns keeps those: each rank has its part
+        of the same table, and none the whole.
         """
+        table = self.table.detach()
+        if table.is_meta:  # nothing to fill, in very many blocks
+            return
         if self.start_at_zero:
-            nn.init.zeros_(self.values)
-        else:
-            nn.init.normal_(self.values, std=self.value_dim**-0.5)
+            table.zero_()
+            return
+        width = table.shape[1]
+        first = 0 if self.exchange is None else self.exchange.rank * width
+        rows = max(_DRAWN_AT_ONCE // self.value_dim // 16 * 16, 16)
+        for start in range(0, self.slots, rows):
+            block = table[start : start + rows]
+            drawn = torch.empty(len(block), self.value_dim, dtype=table.dtype, device=table.device)
+            block.copy_(drawn.normal_(std=self.value_dim**-0.5)[:, first : first + width])
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:
         """Weighted sum of the rows that each token reads.
@@ -86,7 +151,12 @@ class MemoryPool(nn.Module):
         check_read(self.values, slots, weights)
         if self.observers:
             self._observe(slots.detach(), weights.detach())
-        return self._apply_operator(operators.read, slots, weights)
+        exchange = self.exchange
+        if exchange is None:
+            return self._apply_operator(operators.read, slots, weights)
+        return exchange.columns_to_tokens(
+            self._apply_operator(operators.read, exchange.gather(slots), exchange.gather(weights))
+        )
 
     def dot(self, slots: Tensor, hidden: Tensor) -> Tensor:
         """Dot product of each token with each of the rows that it reads.
@@ -104,7 +174,12 @@ class MemoryPool(nn.Module):
         check_dot(self.values, slots, hidden)
         if self.observers:
             self._observe(slots, torch.ones(slots.shape, dtype=torch.float32, device=slots.device))
-        return self._apply_operator(operators.dot, slots, hidden)
+        exchange = self.exchange
+        if exchange is None:
+            return self._apply_operator(operators.dot, slots, hidden)
+        return exchange.sum_to_tokens(
+            self._apply_operator(operators.dot, exchange.gather(slots), exchange.tokens_to_columns(hidden))
+        )
 
     @torch.compiler.disable
     def _observe(self, slots: Tensor, weights: Tensor) -> None:
@@ -123,12 +198,12 @@ class MemoryPool(nn.Module):
         if compiling and self.values.requires_grad and not factors.requires_grad:
             return self._apply_outside(operator, slots, factors)
         numbers = (self.gradient.kernels, self.gradient.number)
-        return operator(self.values, slots, factors, *numbers, compiling)
+        return operator(self.table, slots, factors, *numbers, compiling)
 
     @torch.compiler.disable
     def _apply_outside(self, operator: Operator, slots: Tensor, factors: Tensor) -> Tensor:
         """A compiler would drop the backward pass of an operator of which it needs no gradient."""
-        return operator(self.values, slots, factors, self.gradient.kernels, self.gradient.number, False)
+        return operator(self.table, slots, factors, self.gradient.kernels, self.gradient.number, False)
 
     def extra_repr(self) -> str:
         return f"slots={self.slots}, value_dim={self.value_dim}, dtype={self.values.dtype}"

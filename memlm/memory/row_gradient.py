@@ -1,6 +1,7 @@
 """The gradient of a value table: rows that were read, and their sums."""
 
 import copy
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -9,6 +10,30 @@ from torch import Tensor
 from memlm.kernels.backend import select
 from memlm.kernels.interface import RowSums
 from memlm.kernels.operators import register_sink
+
+
+class Merging(Protocol):
+    """Brings the row gradients of several ranks together; see :mod:`memlm.parallel.row_exchange`."""
+
+    first: int
+    first_column: int
+    split: int
+
+    def owned(self) -> Tensor:
+        """The rows and columns that this rank updates, a DTensor."""
+        ...
+
+    def share(self, rows: Tensor) -> None:
+        """Give what this rank has updated to those that hold it too, and take theirs."""
+        ...
+
+    def merge(self, own: RowSums | None) -> RowSums:
+        """What the optimizer is to apply on this rank, of what each rank's reads sum up to."""
+        ...
+
+    def sum_over_owners(self, x: Tensor) -> Tensor:
+        """Sum of a scalar over the ranks that apply other rows."""
+        ...
 
 
 class RowGradient:
@@ -28,6 +53,7 @@ class RowGradient:
     Attributes:
         factor: Scalar that multiplies the gradient, None for 1: clipping changes it, not the rows.
         row_filter: ``[S]`` bool on the table's device: only these rows have a gradient, and move. None: all.
+        merging: If not None, other ranks have gradients of the same rows, too.
         number: By which the operators know this object.
     """
 
@@ -35,15 +61,18 @@ class RowGradient:
         self.num_slots, self.kernels, self.alone = num_slots, kernels, alone
         self.factor: Tensor | None = None
         self.row_filter: Tensor | None = None
+        self.merging: Merging | None = None
         self.number = register_sink(self)
         self._reads: list[tuple[Tensor, Tensor, Tensor]] = []
         self._compact: RowSums | None = None
+        self._final: RowSums | None = None
         self._buffer: Tensor | None = None
 
     def __deepcopy__(self, memo: dict) -> "RowGradient":
         """The same gradient under a number of its own, to which the reads of a copied model are added."""
         twin = type(self)(self.num_slots, self.kernels, self.alone)
-        for name in ("factor", "row_filter", "_reads", "_compact"):
+        twin.merging = self.merging
+        for name in ("factor", "row_filter", "_reads", "_compact", "_final"):
             setattr(twin, name, copy.deepcopy(getattr(self, name), memo))
         return twin
 
@@ -72,6 +101,7 @@ class RowGradient:
         Returns:
             Gradient of the weights, ``[N, L]`` fp32, or None.
         """
+        assert self._final is None, "reads after the ranks' gradients were merged"
         backend = select(values.device, self.kernels)
         slots, weights, grad_output = slots.detach(), weights.detach(), grad_output.detach()
         nothing_yet = self._compact is None and not self._reads
@@ -108,6 +138,18 @@ class RowGradient:
             self._reads.clear()
         return self._compact
 
+    def final(self) -> RowSums | None:
+        """What the optimizer applies, without :attr:`factor`; None if nothing was read.
+
+        That of :meth:`compact`, but where there are several ranks: then all of them must call this, and from
+        then on until :meth:`clear` nothing more may be read. Once for all micro-batches of a step.
+        """
+        if self.merging is None:
+            return self.compact()
+        if self._final is None:
+            self._final = self.merging.merge(self.compact())
+        return self._final
+
     def _as_reads(self, sums: RowSums) -> tuple[Tensor, Tensor, Tensor | int, Tensor]:
         rows = sums.rows
         if sums.count is not None:
@@ -120,29 +162,31 @@ class RowGradient:
 
     def norm(self) -> Tensor | None:
         """Euclidean norm of the gradient (fp32 scalar); None if nothing was read."""
-        compact = self.compact()
-        if compact is None:
+        final = self.final()
+        if final is None:
             return None
-        squares = compact.squares
+        squares = final.squares
         if squares.device.type == "cpu":
             # torch would split the sum among its threads, and round it by their number.
             total = torch.tensor(float(np.sum(squares.numpy(), dtype=np.float64)), dtype=torch.float64)
         else:
             total = squares.sum(dtype=torch.float64)
+        if self.merging is not None:
+            total = self.merging.sum_over_owners(total)
         norm = total.sqrt()
         return (norm if self.factor is None else norm * self.factor.abs()).to(squares.dtype)
 
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply the gradient by a scalar, in place; no row is touched."""
-        compact = self.compact()
-        if compact is not None:
-            factor = torch.as_tensor(factor, dtype=compact.sums.dtype, device=compact.sums.device)
+        final = self.final()
+        if final is not None:
+            factor = torch.as_tensor(factor, dtype=final.sums.dtype, device=final.sums.device)
             self.factor = factor if self.factor is None else self.factor * factor
 
     def clear(self) -> None:
         """Forget the gradient."""
         self._reads.clear()
-        self._compact = self.factor = None
+        self._compact = self._final = self.factor = None
 
     def _storage(self, reads: int, like: Tensor) -> Tensor | None:
         """Room for the sums of so many reads; kept, because fresh pages cost more than the sums do.

@@ -31,7 +31,8 @@ def clip_gradients(optimizer: MemoryAdamW, max_norm: float | None) -> dict[str, 
         p for g in optimizer.param_groups if g["kind"] == "dense" for p in g["params"] if p.grad is not None
     ]
     if dense:
-        norms["dense"] = torch.nn.utils.get_total_norm([parameter.grad for parameter in dense])
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in dense])
+        norms["dense"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         together.append(norms["dense"])
     for group in optimizer.param_groups:
         if group["kind"] != "memory":

@@ -1,6 +1,6 @@
 """One optimizer for dense parameters and for the rows of value tables."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from memlm.optim.row_state import (
     add_decay,
     check_saved,
     load_saved,
+    local,
     new_state,
     row_state,
 )
@@ -84,13 +85,17 @@ class MemoryAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         super().__init__(groups, defaults)
         self._row_gradients = dict(row_gradients or {})
+        self._owned: dict[nn.Parameter, Tensor] = {}
         self._seeds: dict[nn.Parameter, int] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if group["kind"] == "memory":
                     if parameter not in self._row_gradients:
                         raise ValueError("a parameter of a memory group has no row gradient")
-                    self.state[parameter] = new_state(parameter, group)
+                    merging = self._row_gradients[parameter].merging
+                    owned = parameter if merging is None else merging.owned()
+                    self._owned[parameter] = owned
+                    self.state[parameter] = new_state(owned, group)
                     # Tables of one optimizer must not round alike.
                     seed = group["seed"] + len(self._seeds) * 0x9E3779B97F4A7C15
                     self._seeds[parameter] = seed % 2**63
@@ -108,6 +113,16 @@ class MemoryAdamW(torch.optim.Optimizer):
     def row_gradients(self, group: dict[str, Any]) -> list[RowGradient]:
         """The row gradients of a memory group's parameters."""
         return [self._row_gradients[parameter] for parameter in group["params"]]
+
+    def states(self) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
+        """Every parameter and what is kept for it."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield parameter, self.state[parameter]
+
+    def owned(self, parameter: nn.Parameter) -> Tensor:
+        """What this rank updates of a parameter: all that it holds, but for rows that replicas update."""
+        return self._owned.get(parameter, parameter)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget dense and row gradients."""
@@ -145,20 +160,25 @@ class MemoryAdamW(torch.optim.Optimizer):
     def _settle(self, values: nn.Parameter, group: dict[str, Any]) -> None:
         state, gradient = self.state[values], self._row_gradients[values]
         # A step of size zero that pays what is owed and rounds as a step does.
-        owing = RowState(decayed_at=state["decayed_at"], master=state.get("master"))
+        held = row_state(state)
+        owing = RowState(decayed_at=held.decayed_at, master=held.master)
         update = self._row_update(values, group, method="sgd", lr=0.0)
         backend = select(values.device, gradient.kernels)
-        slots, dim = values.shape
+        table, merging = local(self._owned[values]), gradient.merging
+        slots, dim = table.shape
         chunk = min(slots, max(1, _CHUNK_ELEMENTS // max(1, dim)))
-        still = values.new_zeros(chunk, dim, dtype=torch.promote_types(values.dtype, torch.float32))
+        still = table.new_zeros(chunk, dim, dtype=torch.promote_types(table.dtype, torch.float32))
         for start in range(0, slots, chunk):
             end = min(start + chunk, slots)
-            rows = torch.arange(start, end, device=values.device, dtype=slot_dtype(slots))
+            rows = torch.arange(start, end, device=table.device, dtype=slot_dtype(slots))
             if gradient.row_filter is not None:
-                rows = rows[gradient.row_filter[start:end]]
+                first = 0 if merging is None else merging.first
+                rows = rows[gradient.row_filter[first + start : first + end]]
             sums = RowSums(rows, still[: len(rows)], still.new_zeros(len(rows)))
-            backend.update_rows(values, owing, sums, None, update)
-        state["decayed_at"].fill_(update.decay_log)
+            backend.update_rows(table, owing, sums, None, update)
+        if merging is not None:
+            merging.share(torch.arange(slots, device=table.device))
+        local(state["decayed_at"]).fill_(update.decay_log)
 
     def _step_dense(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -187,17 +207,25 @@ class MemoryAdamW(torch.optim.Optimizer):
     def _step_rows(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
             state, gradient = self.state[parameter], self._row_gradients[parameter]
+            owned, merging = self._owned[parameter], gradient.merging
             state["step"] += 1
-            add_decay(state, parameter, group["lr"] * group["weight_decay"])
-            compact = gradient.compact()
-            if compact is not None:
-                update = self._row_update(parameter, group)
-                backend = select(parameter.device, gradient.kernels)
-                backend.update_rows(parameter, row_state(state), compact, gradient.factor, update)
+            add_decay(state, owned, group["lr"] * group["weight_decay"])
+            final = gradient.final()
+            if final is None:
+                continue
+            if merging is not None:  # the kernels take the mean over the columns that they are given
+                final = final._replace(squares=final.squares / merging.split)
+            backend = select(parameter.device, gradient.kernels)
+            update = self._row_update(parameter, group)
+            backend.update_rows(local(owned), row_state(state), final, gradient.factor, update)
+            if merging is not None:
+                merging.share(final.rows)
 
     def _row_update(self, values: nn.Parameter, group: dict[str, Any], **other: Any) -> RowUpdate:
         state = self.state[values]
         options = {name: group[name] for name in ("method", "lr", "betas", "eps")}
+        if (merging := self._row_gradients[values].merging) is not None:
+            options |= {"first_row": merging.first, "first_column": merging.first_column}
         return RowUpdate(
             step=int(state["step"]),
             decay_log=float(state["decay_log"]),
@@ -233,7 +261,7 @@ class MemoryAdamW(torch.optim.Optimizer):
         # Copied into the tensors at hand: torch's own would cast moments to the parameter's dtype, leave
         # step counts on the device they were saved from, and share tensors with the given state.
         for parameter, saved in pairs:
-            load_saved(parameter, self.state[parameter], saved)
+            load_saved(self.owned(parameter), self.state[parameter], saved)
 
 
 def _fusible(parameter: Tensor) -> bool:

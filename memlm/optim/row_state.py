@@ -25,6 +25,12 @@ class OptimizerStateError(UserError, ValueError):
     """A saved optimizer state does not fit the optimizer that loads it."""
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor: of a DTensor its part, of any other all."""
+    part: Any = tensor
+    return part.to_local() if hasattr(part, "to_local") else tensor
+
+
 def new_state(values: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """The state of a table before its first step.
 
@@ -33,7 +39,7 @@ def new_state(values: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     ``log(1 - lr * weight_decay)`` over the steps so far.
 
     Args:
-        values: ``[S, V]``.
+        values: ``[S, V]``; a DTensor where this rank updates a part of it alone.
         group: The options ``method``, ``moments``, ``rounding``, ``betas`` and ``weight_decay``.
 
     Raises:
@@ -53,9 +59,9 @@ def new_state(values: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if group["method"] == "adamw":
             state["exp_avg_sq"] = torch.zeros_like(values, dtype=dtype)
         else:
-            state["exp_avg_sq"] = values.new_zeros(values.shape[0], dtype=dtype)
+            state["exp_avg_sq"] = _number_a_row(values, 0.0, dtype)
         if group["moments"] == "caught_up":
-            state["last_step"] = values.new_zeros(values.shape[0], dtype=torch.int32)
+            state["last_step"] = _number_a_row(values, 0, torch.int32)
     if group["weight_decay"] > 0:
         owe_from_now(state, values)
     if values.dtype == torch.bfloat16 and group["rounding"] == "master":
@@ -65,12 +71,28 @@ def new_state(values: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
 
 def row_state(state: dict[str, Tensor]) -> RowState:
     """The part of a state that the kernels move."""
-    return RowState(**{name: state.get(name) for name in RowState._fields})
+    held = {name: state.get(name) for name in RowState._fields}
+    return RowState(**{name: None if tensor is None else local(tensor) for name, tensor in held.items()})
 
 
 def owe_from_now(state: dict[str, Tensor], values: Tensor) -> None:
     """Begin to keep what each row owes: nothing so far."""
-    state["decayed_at"] = values.new_full((values.shape[0],), float(state["decay_log"]), dtype=torch.float64)
+    state["decayed_at"] = _number_a_row(values, float(state["decay_log"]), torch.float64)
+
+
+def _number_a_row(values: Tensor, number: float, dtype: torch.dtype) -> Tensor:
+    """``[S]``, placed as the rows of ``values`` are, whatever becomes of the columns."""
+    part = local(values)
+    numbers = part.new_full((part.shape[0],), number, dtype=dtype)
+    if part is values:
+        return numbers
+    from torch.distributed.tensor import DTensor, Replicate
+
+    split: Any = values
+    placements = [place if place.is_shard(0) else Replicate() for place in split.placements]
+    return DTensor.from_local(
+        numbers, split.device_mesh, placements, run_check=False, shape=values.shape[:1], stride=(1,)
+    )
 
 
 def add_decay(state: dict[str, Tensor], values: Tensor, rate: float) -> None:

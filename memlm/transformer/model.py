@@ -123,6 +123,8 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, rows, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
+        # What is split later draws the same initial values as what is not: see memlm.parallel.placing.
+        self.drawn_from = torch.get_rng_state() if any(p.values.is_meta for p in pools.values()) else None
         initialise(self)
 
     @property

@@ -166,7 +166,7 @@ def test_optimizer_values_out_of_range(options, key):
 @pytest.mark.parametrize(
     "options,key",
     [
-        ({"devices": 2, "strategy": "ddp"}, "trainer.devices"),
+        ({"devices": 2, "strategy": "ddp"}, "trainer.strategy"),
         ({"precision": "16-true"}, "trainer.precision"),
         ({"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}, "trainer.gradient_clip_algorithm"),
     ],

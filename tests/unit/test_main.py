@@ -47,8 +47,8 @@ def test_unknown_verb():
     assert (code, out) == (2, "")
     assert err == (
         "memlm: error: unknown verb 'fti'; "
-        "the verbs are fit, validate, test, predict, generate, lm-eval, inspect, export, import, compare, "
-        "params, tokenizer, prepare, verify, completion\n"
+        "the verbs are fit, validate, test, predict, generate, lm-eval, inspect, export, import, "
+        "consolidate, compare, params, tokenizer, prepare, verify, completion\n"
     )
 
 
@@ -104,7 +104,7 @@ def test_completion_completes_verbs_and_options():
         )
         return subprocess.run(["bash", "-c", program], capture_output=True, text=True).stdout.split()
 
-    assert complete("memlm", "co") == ["compare", "completion"]
+    assert complete("memlm", "co") == ["consolidate", "compare", "completion"]
     assert complete("memlm", "fit", "--ck") == ["--ckpt_path"]
     assert complete("memlm", "fit", "configs/") == []
 

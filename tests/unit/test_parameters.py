@@ -191,8 +191,17 @@ def test_the_mesh(params):
     assert found["bytes"]["values"] == 144 * 10 * 2
     # Two fp32 moments, a third of the rows each, and two scalars: fp32 steps and fp64 decay.
     assert found["bytes"]["values_state"] == 2 * 48 * 10 * 4 + 4 + 8
-    assert found["bytes"]["row_gradients"] == 2 * 30 * 10 * 4
+    # Read by the group, and a third of what all have read.
+    assert found["bytes"]["row_gradients"] == (2 * 30 + 48) * 10 * 4
     assert found["bytes"]["total"] == sum(found["bytes"].values()) / 2
+
+
+def test_the_mesh_in_one_word(params):
+    words = ("--shard_dense", "true", "--tokens_per_rank", "1")
+    apart = params("memory", *TINY, "--ranks", "6", "--memory_group", "2", *words)["rank"]
+    found = params("memory", *TINY, "--mesh", "6x2", *words)["rank"]
+    assert found == apart
+    assert found["sent"]["total"] == sum(found["sent"].values()) / 2 > 0
 
 
 def test_the_memory_group_is_all_ranks_by_default(params):
@@ -242,6 +251,8 @@ def test_match_says_what_has_no_match(params, capsys):
         ("--config memory.yaml --rank 3", ["rank"]),
         ("--config memory.yaml --ranks 0", ["--ranks", "is 0, must be an integer of at least 1"]),
         ("--config memory.yaml --ranks two", ["--ranks", "is two"]),
+        ("--config memory.yaml --mesh 8", ["--mesh", "is 8", "such as 64x8"]),
+        ("--config memory.yaml --mesh 8x4 --ranks 8", ["--mesh", "--ranks", "give either"]),
         ("--config memory.yaml --ranks 6 --memory_group 4", ["memory_group: is 4, must divide ranks (6)"]),
         ("--config memory.yaml --ranks 40", ["memory_group: is 40", "20 elements"]),
         ("--config memory.yaml --precision half", ["precision: is half", "bf16-true"]),

@@ -128,9 +128,16 @@ def largest(tensor: torch.Tensor, rows: int, columns: int = 1) -> torch.Tensor:
     return tensor.chunk(columns, dim=1)[0] if tensor.ndim > 1 else tensor
 
 
+def largest_dense(tensor: torch.Tensor, ranks: int) -> torch.Tensor:
+    """The same along the first dimension that has a part for every rank."""
+    even = [dim for dim, size in enumerate(tensor.shape) if size % ranks == 0]
+    short = tensor.ndim and tensor.shape[0] < ranks
+    return tensor.chunk(ranks, dim=even[0])[0] if short and even else largest(tensor, ranks)
+
+
 @pytest.mark.parametrize(
     "mesh",
-    [Mesh(4, 1), Mesh(4, 4), Mesh(6, 3, shard_dense=True), Mesh(8, 2, shard_dense=True)],
+    [Mesh(4, 1), Mesh(4, 4), Mesh(10, 5, shard_dense=True), Mesh(8, 2, shard_dense=True)],
     ids=lambda mesh: f"{mesh.ranks}-{mesh.memory_group}-{mesh.shard_dense}",
 )
 @pytest.mark.parametrize("method", ["adamw", "adamw_rowwise"])
@@ -146,12 +153,13 @@ def test_a_mesh_splits_by_torch_s_own_chunks(mesh, method):
     state = [tensor for parameter in dense for tensor in optimizer.state[parameter].values()]
     columns = table.chunk(group, dim=1)[0].shape[1]
     assert held == RankMemory(
-        dense_weights=bytes_of(largest(parameter, split) for parameter in dense),
-        dense_gradients=bytes_of(largest(parameter, split) for parameter in dense),
-        dense_state=bytes_of(largest(tensor, split) for tensor in state),
+        dense_weights=bytes_of(largest_dense(parameter, split) for parameter in dense),
+        dense_gradients=bytes_of(largest_dense(parameter, split) for parameter in dense),
+        dense_state=bytes_of(largest_dense(tensor, split) for tensor in state),
         values=bytes_of([largest(table, 1, group)]),
         # Two layers, 15 reads of each for every token of the group.
-        row_gradients=min(2 * 15 * group, 144) * columns * 4,
+        # Then the rows that this one updates, of what all groups have read.
+        row_gradients=(min(30 * group, 144) + -(-min(30 * mesh.ranks, 144) // groups)) * columns * 4,
         values_state=bytes_of(largest(tensor, groups, group) for tensor in optimizer.state[table].values()),
     )
 
@@ -206,9 +214,9 @@ def test_meshes_that_cannot_be(options, message):
         Mesh(**options)
 
 
-def test_a_memory_group_wider_than_a_value():
+def test_a_memory_group_that_does_not_divide_a_value():
     model = build(MemoryConfig(**MEMORY, value_dim=20), device="meta")
     with pytest.raises(
-        ConfigError, match="memory_group: is 32, but the values of pool main have 20 elements"
+        ConfigError, match="memory_group: is 8, must divide the 20 elements of a value of pool 'main'"
     ):
-        rank_memory(model, optimizer_of(model), Mesh(32, 32), 1)
+        rank_memory(model, optimizer_of(model), Mesh(8, 8), 1)

@@ -1,0 +1,196 @@
+"""What ranks hold and send, counted in training steps of several processes, beside the formulas.
+
+    python benchmarks/traffic.py --ranks 2 --json benchmarks/results/traffic_2.json
+
+starts so many gloo processes on this machine. Each trains a small model of every kind for a step, and counts
+the bytes that torch.distributed is given to send (memlm/parallel/counting.py) and those of its own tensors.
+The formulas are those of ``memlm params`` (memlm/parallel/traffic.py, memlm/rank_memory.py), with the number
+of rows that the step has really exchanged; memory is that of the rank that holds most.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.distributed as dist
+
+from memlm.memory import EngramConfig, MemoryConfig, MemoryPlan, PEERConfig
+from memlm.memory.pool import values_without_memory
+from memlm.metrics import summed_loss
+from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
+from memlm.optim.row_state import local
+from memlm.parallel.counting import counted
+from memlm.parallel.mesh import memory_mesh
+from memlm.parallel.placing import place
+from memlm.parallel.traffic import Rows, Traffic, traffic
+from memlm.rank_memory import Mesh, RankMemory, rank_memory
+from memlm.transformer import Transformer, TransformerConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB, SEQUENCES, LENGTH, MICRO_BATCHES = 500, 4, 32, 2
+_MEMORY: dict[str, Any] = {"half_keys": 40, "heads": 2, "reads": 8, "key_dim": 16, "kernels": "reference"}
+_VALUES: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1, "moments": "caught_up"}
+MODELS: dict[str, MemoryPlan | None] = {
+    "dense": None,
+    "Memory": MemoryConfig(**_MEMORY, layers=[1], gate="none", projection=False),
+    "few of many rows": MemoryConfig(**_MEMORY | {"half_keys": 128}, layers=[1]),
+    "Memory+, 2 layers": MemoryConfig(**_MEMORY, layers=[0, 2]),
+    "bf16 values": MemoryConfig(**_MEMORY, layers=[1], values_dtype="bfloat16"),
+    "two pools": MemoryConfig(**_MEMORY, layers=[0, 2], layer_pools=["a", "b"]),
+    "expanded values": MemoryConfig(**_MEMORY, layers=[1], value_expansion=4),
+    "PEER": PEERConfig(**_MEMORY, layers=[1]),
+    "Engram": EngramConfig(slots=1600, heads=2, layers=[1], value_dim=16, kernels="reference"),
+}
+
+
+def build(plan: MemoryPlan | None) -> Transformer:
+    """A model whose values take no memory yet."""
+    torch.manual_seed(0)
+    with values_without_memory():
+        return Transformer(VOCAB, TransformerConfig(64, 3, 4, feed_forward_dim=96), plan)
+
+
+def optimizer_of(model: Transformer) -> MemoryAdamW:
+    """Over all parameters of a model."""
+    gradients = {pool.values: pool.gradient for pool in model.pools.values()}
+    options = ValuesOptimizerConfig(**_VALUES)
+    return configure(model.named_parameters(), gradients, OptimizerConfig(), options, 10)[0]
+
+
+def measure(plan: MemoryPlan | None, mesh: Mesh, rank: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Counted and calculated bytes of one rank in one step."""
+    model, twin = build(plan), build(plan).to("meta")
+    place(model, memory_mesh("cpu", mesh.ranks, mesh.memory_group, "--memory_group"), torch.device("cpu"))
+    optimizer = optimizer_of(model)
+    generator = torch.Generator().manual_seed(rank)
+    optimizer.zero_grad()
+    with counted() as passes:
+        for _ in range(MICRO_BATCHES):
+            tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
+            summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+    read = {name: pool.gradient.compact() for name, pool in model.pools.items()}
+    own_rows = {
+        name: sums.rows[: len(sums.rows) if sums.count is None else int(sums.count)].clone()
+        for name, sums in read.items()
+    }
+    buffers = [local(sums.sums) for sums in read.values()]
+    with counted() as step:
+        clip_gradients(optimizer, 1.0)
+        finals = {name: len(pool.gradient.final().rows) for name, pool in model.pools.items()}
+        optimizer.step()
+    rows = {}
+    for name, pool in model.pools.items():
+        exchange = pool.gradient.merging
+        elsewhere = (own_rows[name] < exchange.first) | (own_rows[name] >= exchange.first + exchange.rows)
+        most = torch.tensor([len(own_rows[name]), finals[name]])
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=exchange.replicas)
+        rows[name] = Rows(int(most[0]), int(elsewhere.sum()), finals[name], int(most[1]))
+    tokens_of_step = SEQUENCES * LENGTH * MICRO_BATCHES
+    sent = traffic(twin, mesh, tokens_of_step, MICRO_BATCHES, rows)
+    held = rank_memory(twin, optimizer_of(twin), mesh, tokens_of_step)
+    return {
+        "sent": {"formula": _sent(sent), "counted": {"passes": passes.total, "step": step.total}},
+        "held": {"formula": held.as_dict(), "counted": _held(model, optimizer, buffers).as_dict()},
+    }
+
+
+def _sent(formula: Traffic) -> dict[str, float]:
+    step = formula.row_gradients + formula.rows
+    return {"passes": formula.total - step, "step": step}
+
+
+def _held(model: Transformer, optimizer: MemoryAdamW, row_sums: list[torch.Tensor]) -> RankMemory:
+    tables = {id(pool.values) for pool in model.pools.values()}
+    dense = [p for p in model.parameters() if id(p) not in tables]
+    values = [pool.values for pool in model.pools.values()]
+    return RankMemory(
+        dense_weights=_bytes(dense),
+        dense_gradients=_bytes(p.grad for p in dense if p.grad is not None),
+        dense_state=_bytes(state for p in dense for state in optimizer.state[p].values()),
+        values=_bytes(values),
+        row_gradients=_bytes(row_sums),
+        values_state=_bytes(state for p in values for state in optimizer.state[p].values()),
+    )
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def work(groups: list[int]) -> None:
+    """In each process: measures all; rank 0 prints JSON."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows = []
+    for group in groups:
+        for name, plan in MODELS.items():
+            found: list[Any] = [None] * ranks
+            dist.all_gather_object(found, measure(plan, Mesh(ranks, group, True), rank))
+            rows.append({"model": name, "ranks": ranks, "memory_group": group, "by_rank": found})
+    if rank == 0:
+        print(json.dumps(rows))
+    dist.destroy_process_group()
+
+
+def launch(ranks: int, groups: list[int]) -> list[dict[str, Any]]:
+    """Starts the processes and returns what rank 0 has printed."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    words += [str(Path(__file__).resolve()), "--work", *map(str, groups)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Bytes of rank 0, and the largest difference of any rank."""
+    lines = ["| model | ranks | G | sent in passes | formula | sent in step | formula | largest difference |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        first = row["by_rank"][0]["sent"]
+        cells = [
+            f"{first[kind][part]:,.0f}" for part in ("passes", "step") for kind in ("counted", "formula")
+        ]
+        worst = max(difference(rank["sent"], part) for rank in row["by_rank"] for part in ("passes", "step"))
+        place = [row["model"], str(row["ranks"]), str(row["memory_group"])]
+        lines.append("| " + " | ".join([*place, *cells, f"{worst:.2%}"]) + " |")
+    return "\n".join(lines)
+
+
+def difference(sent: dict[str, dict[str, float]], part: str) -> float:
+    """Of counted and calculated bytes, relative."""
+    real, formula = sent["counted"][part], sent["formula"][part]
+    return abs(real - formula) / max(real, formula, 1)
+
+
+def main() -> None:
+    """Measures all models in groups of every size."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="processes [2]")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--work", type=int, nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work)
+        return
+    rows = launch(options.ranks, [g for g in range(1, options.ranks + 1) if options.ranks % g == 0])
+    print(table(rows))
+    if options.json:
+        command = " ".join(["python benchmarks/traffic.py", *sys.argv[1:]])
+        content = {"command": command, "torch": torch.__version__, "rows": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

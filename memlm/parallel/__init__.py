@@ -1,0 +1,1 @@
+"""Placing a model on several ranks: value tables split over memory groups, the rest by FSDP2."""

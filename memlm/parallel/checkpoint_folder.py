@@ -1,0 +1,262 @@
+"""Checkpoints to which every rank writes its part: folders of torch.distributed.checkpoint.
+
+A folder holds the tensors under ``state_dict.NAME`` and ``optimizer_0.state.NAME.STATE``, whole in the eyes
+of a reader however many ranks wrote them, and all else in ``meta.pt``. Any number of ranks, in groups of any
+size, reads what it needs; so does one process without a process group.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from memlm.errors import CheckpointError
+from memlm.optim import MemoryAdamW
+from memlm.optim.row_state import OptimizerStateError, check_saved, load_saved, owe_from_now
+from memlm.parallel.folder_swap import fresh_beside, put_in_place
+
+META = "meta.pt"
+WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_0.state."
+_GROUPS = "optimizer_groups"
+"""In ``meta.pt``: the parameters' names by optimizer group."""
+
+
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether this is a whole checkpoint of several ranks."""
+    return (path / META).is_file()
+
+
+def optimizer_state(module: nn.Module, optimizer: MemoryAdamW) -> dict[str, Any]:
+    """The optimizer's own tensors by the names of parameters, and those names by group."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return {
+        "state": {names[parameter]: state for parameter, state in optimizer.states()},
+        "param_groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            | {"params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its name, each rank its part, and put it in place when it is whole.
+
+    Args:
+        checkpoint: Lightning's, with ``state_dict`` and ``optimizer_states`` of this rank's tensors.
+        path: Of the folder; the same on all ranks. What has that name is replaced.
+    """
+    first = dist.get_rank() == 0
+    tensors = {WEIGHTS + name: tensor for name, tensor in checkpoint["state_dict"].items()}
+    meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        meta[_GROUPS] = optimizer["param_groups"]
+        for name, state in optimizer["state"].items():
+            tensors |= {f"{OPTIMIZER}{name}.{kind}": tensor for kind, tensor in state.items()}
+    folder = fresh_beside(path) if first else path.with_name(f".{path.name}.tmp")
+    dist.barrier()
+    dcp.save(tensors, checkpoint_id=folder)
+    if first:
+        with open(folder / META, "wb") as file:
+            torch.save(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(folder, path)
+    dist.barrier()
+
+
+def save_file(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as a single device's: whole tensors, on rank 0; on other ranks without tensors.
+
+    Every rank must call this. Rank 0 needs memory for all of it.
+    """
+    first = dist.get_rank() == 0
+
+    def whole(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in named.items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if first:
+                found[name] = full.cpu()
+        return found
+
+    result = checkpoint | {"state_dict": whole(checkpoint["state_dict"])}
+    optimizers = []
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        optimizers.append(
+            _numbered(
+                {name: whole(state) for name, state in optimizer["state"].items()},
+                optimizer["param_groups"],
+            )
+        )
+    if "optimizer_states" in checkpoint:
+        result["optimizer_states"] = optimizers
+    return result
+
+
+def load(
+    path: Path, module: nn.Module, optimizers: Iterable[MemoryAdamW], weights_only: bool
+) -> dict[str, Any]:
+    """Fill a model's and its optimizers' tensors, each rank its part, from a folder or a single file.
+
+    Returns:
+        The rest of the checkpoint.
+
+    Raises:
+        CheckpointError: The file lacks a tensor, or has one of another shape.
+        OptimizerStateError: The optimizer's state was made by other options.
+    """
+    optimizers = list(optimizers)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    source: _Folder | _File
+    if path.is_dir():
+        source = _Folder(path, weights_only)
+    else:
+        groups = [[names[p] for p in g["params"]] for own in optimizers for g in own.param_groups]
+        source = _File(path, weights_only, groups)
+    targets: dict[str, Tensor] = {WEIGHTS + name: tensor for name, tensor in module.state_dict().items()}
+    for name, target in targets.items():
+        shape = source.shapes.get(name)
+        if shape != target.shape:
+            found = "no such tensor" if shape is None else f"shape {tuple(shape)}"
+            label = name.removeprefix(WEIGHTS)
+            raise CheckpointError(
+                path,
+                f"does not fit the model: {label} has shape {tuple(target.shape)}, {found} in the checkpoint",
+            )
+    owing = []
+    for optimizer in optimizers:
+        for parameter, state in optimizer.states():
+            prefix = f"{OPTIMIZER}{names[parameter]}."
+            saved = {
+                name.removeprefix(prefix): torch.empty(shape, device="meta")
+                for name, shape in source.shapes.items()
+                if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+            }
+            check_saved(state, saved or None, names[parameter])
+            if "decayed_at" in saved and "decayed_at" not in state:
+                owe_from_now(state, optimizer.owned(parameter))
+            elif "decayed_at" in state and "decayed_at" not in saved:
+                owing.append((parameter, state, optimizer))
+            targets |= {prefix + kind: tensor for kind, tensor in state.items() if kind in saved}
+    with torch.no_grad():
+        source.fill(targets)
+    for parameter, state, optimizer in owing:  # nothing until now
+        load_saved(optimizer.owned(parameter), state, {})
+    return source.meta
+
+
+def read_whole(path: Path, weights_only: bool = True, optimizer: bool = True) -> dict[str, Any]:
+    """A folder as the checkpoint of a single device, whole tensors in memory.
+
+    Args:
+        path: The folder.
+        weights_only: See :func:`memlm.resume.read_checkpoint`.
+        optimizer: Whether to read the optimizer's state too.
+    """
+    folder = _Folder(path, weights_only)
+    wanted = (WEIGHTS, OPTIMIZER) if optimizer else (WEIGHTS,)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in folder.entries.items()
+        if name.startswith(wanted)
+    }
+    folder.fill(tensors)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(OPTIMIZER):
+            parameter, kind = name.removeprefix(OPTIMIZER).rsplit(".", 1)
+            state.setdefault(parameter, {})[kind] = tensor
+    weights = {name.removeprefix(WEIGHTS): t for name, t in tensors.items() if name.startswith(WEIGHTS)}
+    groups = folder.meta.pop(_GROUPS, None)
+    result = folder.meta | {"state_dict": weights}
+    if optimizer and groups is not None:
+        result["optimizer_states"] = [_numbered(state, groups)]
+    return result
+
+
+class _Folder:
+    """Tensors of a checkpoint folder."""
+
+    def __init__(self, path: Path, weights_only: bool) -> None:
+        self.path = path
+        try:
+            self.meta = torch.load(path / META, map_location="cpu", weights_only=weights_only)
+            stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        except (OSError, RuntimeError, EOFError, CheckpointException) as error:
+            raise CheckpointError(path, f"is damaged: {str(error).splitlines()[0]}") from error
+        self.entries = {k: entry for k, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self.shapes = {name: entry.size for name, entry in self.entries.items()}
+
+    def fill(self, targets: dict[str, Tensor]) -> None:
+        """Copy into tensors, of a DTensor into this rank's part."""
+        try:
+            with warnings.catch_warnings():
+                # That there is no process group is no mistake.
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(targets, checkpoint_id=self.path, no_dist=not dist.is_initialized())
+        except CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise CheckpointError(self.path, f"is damaged: {str(reason).splitlines()[0]}") from error
+
+
+class _File:
+    """Tensors of a single device's checkpoint, mapped: a rank reads its part and no more."""
+
+    def __init__(self, path: Path, weights_only: bool, groups: list[list[str]]) -> None:
+        self.meta = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
+        self.tensors = {WEIGHTS + name: tensor for name, tensor in self.meta.pop("state_dict").items()}
+        optimizers = self.meta.pop("optimizer_states", ()) if groups else ()
+        for optimizer in optimizers:
+            saved = [group["params"] for group in optimizer["param_groups"]]
+            if [len(group) for group in saved] != [len(group) for group in groups]:
+                raise OptimizerStateError(
+                    f"optimizer state does not fit: its groups hold {[len(group) for group in saved]} "
+                    f"parameters, this optimizer's {[len(group) for group in groups]}"
+                )
+            for numbers, names in zip(saved, groups, strict=True):
+                for number, name in zip(numbers, names, strict=True):
+                    for kind, tensor in optimizer["state"][number].items():
+                        self.tensors[f"{OPTIMIZER}{name}.{kind}"] = tensor
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def fill(self, targets: dict[str, Tensor]) -> None:
+        """Copy into tensors, of a DTensor into this rank's part."""
+        for name, target in targets.items():
+            _copy_part(self.tensors[name], target)
+
+
+def _copy_part(whole: Tensor, target: Tensor) -> None:
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    shape, offsets = compute_local_shape_and_global_offset(
+        target.shape, target.device_mesh, target.placements
+    )
+    part = whole
+    for dim, (start, length) in enumerate(zip(offsets, shape, strict=True)):
+        part = part.narrow(dim, min(start, whole.shape[dim]), length)
+    target.to_local().copy_(part)
+
+
+def _numbered(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state as torch's ``state_dict`` has it: parameters by number."""
+    numbers: dict[str, int] = {}
+    for group in groups:
+        for name in group["params"]:
+            numbers.setdefault(name, len(numbers))
+    return {
+        "state": {numbers[name]: own for name, own in state.items()},
+        "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
+    }

@@ -1,0 +1,91 @@
+"""Splits the value tables of a model over a memory group, and the rest over all ranks."""
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from memlm.errors import ConfigError
+from memlm.memory import MemoryPool
+from memlm.parallel.batch_norm import synchronise
+from memlm.parallel.dense_split import split_dimension
+from memlm.parallel.group_exchange import GroupExchange
+from memlm.parallel.mesh import MemoryMesh
+from memlm.parallel.row_exchange import RowExchange
+from memlm.transformer import Transformer
+from memlm.transformer.initialization import initialise
+
+
+def check_pools(model: Transformer, group_size: int, key: str) -> None:
+    """Check that the columns of all value tables divide over a group.
+
+    Raises:
+        ConfigError: Names the group size's key, and the pool.
+    """
+    for name, pool in model.pools.items():
+        value_dim = cast(MemoryPool, pool).value_dim
+        if value_dim % group_size:
+            raise ConfigError(
+                key, f"is {group_size}, must divide the {value_dim} elements of a value of pool {name!r}"
+            )
+
+
+@torch.no_grad()
+def place(model: Transformer, mesh: MemoryMesh, device: torch.device) -> None:
+    """Give each rank its part of a model, in place.
+
+    Args:
+        model: The same on all ranks. Made within :func:`memlm.memory.pool.values_without_memory`, it draws
+            the initial values that it would have had; no rank then ever holds a whole table.
+        mesh: Of the value tables.
+        device: Where to.
+    """
+    pools = cast(dict[str, MemoryPool], dict(model.pools.items()))
+    for pool in pools.values():
+        _split(pool, mesh, device)
+    model.to(device)
+    if model.drawn_from is not None:
+        with torch.random.fork_rng(devices=()):
+            torch.set_rng_state(model.drawn_from)
+            initialise(model)
+        model.drawn_from = None
+    synchronise(model)
+    _shard(model, mesh.mesh, [pool.values for pool in pools.values()])
+
+
+def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device) -> None:
+    """Leave a pool this rank's columns of its values."""
+    values = pool.values
+    width = pool.value_dim // mesh.group_size
+    if values.is_meta:
+        table = torch.empty(pool.slots, width, dtype=values.dtype, device=device)
+    else:
+        first = mesh.place * width
+        table = values.detach()[:, first : first + width].to(device, copy=True)
+    whole = DTensor.from_local(
+        table,
+        mesh.mesh,
+        [Replicate(), Shard(1)],
+        run_check=False,
+        shape=values.shape,
+        stride=(pool.value_dim, 1),
+    )
+    pool.values = nn.Parameter(whole, requires_grad=values.requires_grad)
+    pool.exchange = GroupExchange(mesh.group)
+    pool.gradient.merging = RowExchange(pool.table.detach(), mesh, pool.gradient.kernels)
+
+
+def _shard(model: Transformer, mesh: DeviceMesh, tables: list[nn.Parameter]) -> None:
+    """Split all but the value tables over all ranks by FSDP2, a block at a time."""
+    ranks = mesh._flatten("ranks") if mesh.ndim > 1 else mesh
+    ignored = set(tables)
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(split_dimension(parameter.shape, ranks.size()))
+
+    for block in model.blocks:
+        fully_shard(block, mesh=ranks, shard_placement_fn=placement)
+    fully_shard(model, mesh=ranks, ignored_params=ignored, shard_placement_fn=placement)

@@ -1,0 +1,222 @@
+"""``memlm fit`` and ``memlm test`` on two processes, from the command line: losses, checkpoints, errors."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from memlm.parallel.checkpoint_folder import read_whole
+
+pytestmark = pytest.mark.distributed
+
+OVERLAYS = Path(__file__).parents[2] / "configs" / "parallel"
+CONSTANT = {"schedule": {"shape": "constant"}}
+DATA = {"people": 40, "name_vocabulary": 20, "batch_size": 4}
+CONFIG = {
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 12,
+        "val_check_interval": 6,
+        "log_every_n_steps": 1,
+        "gradient_clip_val": 1.0,
+        "enable_progress_bar": False,
+    },
+    "model": {
+        "class_path": "memlm.MemoryLM",
+        "init_args": {
+            "transformer": {"dim": 16, "layers": 2, "heads": 2},
+            "memory": {"half_keys": 16, "heads": 2, "reads": 4, "key_dim": 8, "layers": [1]},
+            "optimizer": {"learning_rate": 0.005} | CONSTANT,
+            "values_optimizer": {"learning_rate": 0.01, "clip": None} | CONSTANT,
+        },
+    },
+    "data": {"class_path": "SyntheticFacts", "init_args": DATA},
+}
+TWO = ["--config", str(OVERLAYS / "memory_parallel.yaml"), "--trainer.devices", "2"]
+ONE = ["--data.init_args.batch_size", "8"]
+GROUP = "--trainer.strategy.init_args.memory_group"
+
+
+class Place:
+    """A folder of runs.
+
+    Args:
+        folder: Of the runs.
+        config: Of all of them.
+    """
+
+    def __init__(self, folder: Path, config: dict) -> None:
+        self.runs = folder / "runs"
+        self.config = folder / "config.yaml"
+        self.config.write_text(yaml.safe_dump({"run": {"root": str(self.runs)}} | config))
+
+    def words(self, verb, name, *words):
+        return ["-m", "memlm", verb, "--config", str(self.config), "--run.name", name, *words]
+
+    def start(self, words):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "MEMLM_KERNELS": "reference"}
+        environment.pop("PYTEST_XDIST_WORKER", None)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([sys.executable, *words], env=environment, **pipes, start_new_session=True)
+
+    def run(self, verb, name, *words, code=0):
+        process = self.start(self.words(verb, name, *words))
+        out, error = process.communicate(timeout=240)
+        assert process.returncode == code, error[-4000:]
+        return out + error
+
+    def checkpoint(self, name, which="last"):
+        return self.runs / name / "checkpoints" / f"{which}.ckpt"
+
+    def column(self, name, column):
+        with open(self.runs / name / "metrics.csv", encoding="utf-8") as file:
+            return [float(row[column]) for row in csv.DictReader(file) if row[column]]
+
+    def tensors(self, name, which="last"):
+        path = self.checkpoint(name, which)
+        whole = read_whole(path) if path.is_dir() else torch.load(path)
+        found = {f"weight {key}": tensor for key, tensor in whole["state_dict"].items()}
+        for number, state in whole["optimizer_states"][0]["state"].items():
+            found |= {f"state {number} {kind}": tensor for kind, tensor in state.items()}
+        return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """With four runs: 12 steps on one process and on two, and the first 6 of them."""
+    place = Place(tmp_path_factory.mktemp("fit"), CONFIG)
+    for name, words in {"one": ONE, "two": TWO}.items():
+        place.run("fit", name, *words)
+        place.run("fit", f"{name}_half", *words, "--trainer.max_steps", "6")
+    return place
+
+
+def assert_equal(found, expected, tolerance=0.0):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_losses_are_those_of_one_process(place):
+    for column in ("train/loss", "val/loss", "train/gradient_norm_dense", "train/gradient_norm_values"):
+        assert place.column("two", column) == pytest.approx(place.column("one", column), rel=1e-5), column
+    assert place.column("two", "train/tokens") == place.column("one", "train/tokens")
+
+
+@pytest.mark.parametrize(
+    "words", [["--trainer.accumulate_grad_batches", "2"], ["--trainer.precision", "bf16-mixed"]]
+)
+def test_other_trainer_options(place, words, tmp_path):
+    other = Place(tmp_path, CONFIG)
+    watched = ["--trainer.callbacks+=Throughput", "--trainer.callbacks+=SlotUsage"]
+    other.run("fit", "one", *ONE, *words, *watched)
+    other.run("fit", "two", *TWO, *words, *watched)
+    # bf16 rounds sums of other summands to other numbers.
+    tolerance = 2e-3 if "bf16-mixed" in words else 1e-5
+    assert other.column("two", "val/loss") == pytest.approx(other.column("one", "val/loss"), rel=tolerance)
+    for column in ("memory/main/slots_read", "memory/main/slots_read_in_training"):
+        expected = other.column("one", column)
+        assert other.column("two", column) == pytest.approx(expected, rel=0.01), column
+
+
+def test_continues_on_as_many_bit_for_bit(place):
+    place.run("fit", "two_two", *TWO, "--ckpt_path", str(place.checkpoint("two_half")))
+    assert_equal(place.tensors("two_two"), place.tensors("two"))
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("two", ONE),
+        ("two", [*ONE, *TWO[:2], "--trainer.devices", "1"]),
+        ("two", [*TWO, GROUP, "1"]),
+        ("one", TWO),
+        ("two", [*TWO, "--trainer.strategy.init_args.save_distributed_checkpoint", "false"]),
+    ],
+    ids=["two to a single device", "two to one", "other group", "single device to two", "to a single file"],
+)
+def test_continues_elsewhere(place, source, words, request):
+    name = request.node.callspec.id.replace(" ", "_")
+    place.run("fit", name, *words, "--ckpt_path", str(place.checkpoint(f"{source}_half")))
+    assert_equal(place.tensors(name), place.tensors(source), tolerance=2e-6)
+
+
+def test_best_is_the_same_files(place):
+    last, best = place.checkpoint("two"), place.checkpoint("two", "best")
+    assert best.is_dir()
+    assert all(os.path.samefile(file, best / file.name) for file in last.iterdir())
+    assert not [path for path in last.parent.iterdir() if path not in (last, best)]
+
+
+def test_measures_the_same_on_two_processes_and_one(place):
+    found = []
+    for words in (TWO, ONE, [*ONE, *TWO[:2], "--trainer.devices", "1"]):
+        place.run("test", "two", *words, "--ckpt_path", "last")
+        found.append(json.loads((place.runs / "two" / "test.json").read_text()))
+    assert found[0]["step"] == 12
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([GROUP, "3"], "memory_group: is 3, must divide the number of processes (2)"),
+        (
+            ["--model.init_args.memory.value_dim", "15"],
+            "memory_group: is 2, must divide the 15 elements of a value of pool 'main'",
+        ),
+    ],
+)
+def test_refuses_a_mesh_that_does_not_divide(place, words, message):
+    said = place.run("fit", "refused", *TWO, *words, code=2)
+    errors = [line for line in said.splitlines() if "error" in line]
+    assert errors == [f"memlm: error: trainer.strategy.{message}"]
+    assert not (place.runs / "refused").exists()
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+def test_dense_models(tmp_path, overlay):
+    options = CONFIG["model"]["init_args"]
+    dense = {"transformer": options["transformer"], "optimizer": options["optimizer"]}
+    other = Place(tmp_path, CONFIG | {"model": {"class_path": "memlm.DenseLM", "init_args": dense}})
+    other.run("fit", "one", *ONE)
+    other.run("fit", "two", "--config", str(OVERLAYS / f"{overlay}.yaml"), "--trainer.devices", "2")
+    for column in ("train/loss", "val/loss"):
+        assert other.column("two", column) == pytest.approx(other.column("one", column), rel=1e-5)
+
+
+def test_torchrun(place):
+    words = place.words("fit", "torchrun", *TWO)
+    process = place.start(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words])
+    error = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, error[-4000:]
+    assert_equal(place.tensors("torchrun"), place.tensors("two"))
+
+
+def test_continues_after_a_kill(tmp_path):
+    other = Place(tmp_path, CONFIG)
+    often = [*TWO, "--trainer.val_check_interval", "2"]
+    other.run("fit", "whole", *often, "--trainer.max_steps", "60")
+    process = other.start(other.words("fit", "killed", *often, "--trainer.max_steps", "60"))
+    path = other.checkpoint("killed")
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)  # its session, and so both ranks
+    process.communicate()
+    other.run("fit", "killed", *often, "--trainer.max_steps", "60", "--ckpt_path", "last")
+    assert_equal(other.tensors("killed"), other.tensors("whole"))
