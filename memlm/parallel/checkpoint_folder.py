@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -25,6 +24,7 @@ from memlm.errors import CheckpointError
 from memlm.optim import MemoryAdamW
 from memlm.optim.row_state import OptimizerStateError, check_saved, load_saved, owe_from_now
 from memlm.parallel.folder_swap import fresh_beside, put_in_place
+from memlm.parallel.sharded_checkpoint import read_metadata
 
 META = "meta.pt"
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_0.state."
@@ -193,7 +193,8 @@ class _Folder:
         self.path = path
         try:
             self.meta = torch.load(path / META, map_location="cpu", weights_only=weights_only)
-            stored = FileSystemReader(path).read_metadata().state_dict_metadata
+            # Before torch's own reader, which would run what code the file names.
+            stored = read_metadata(path).state_dict_metadata
         except (OSError, RuntimeError, EOFError, CheckpointException) as error:
             raise CheckpointError(path, f"is damaged: {str(error).splitlines()[0]}") from error
         self.entries = {k: entry for k, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
