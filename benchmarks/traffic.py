@@ -3,7 +3,7 @@
     python benchmarks/traffic.py --ranks 2 --json benchmarks/results/traffic_2.json
 
 starts so many gloo processes on this machine. Each trains a small model of every kind for a step, and counts
-the bytes that torch.distributed is given to send (memlm/parallel/counting.py) and those of its own tensors.
+the bytes that torch.distributed is given to send (benchmarks/counting.py) and those of its own tensors.
 The formulas are those of ``memlm params`` (memlm/parallel/traffic.py, memlm/rank_memory.py), with the number
 of rows that the step has really exchanged; memory is that of the rank that holds most.
 """
@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.distributed as dist
 
+from benchmarks.counting import counted
 from memlm.memory import EngramConfig, MemoryConfig, MemoryPlan, PEERConfig
 from memlm.memory.pool import values_without_memory
 from memlm.metrics import summed_loss
 from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
 from memlm.optim.row_state import local
-from memlm.parallel.counting import counted
 from memlm.parallel.mesh import memory_mesh
 from memlm.parallel.placing import place
 from memlm.parallel.traffic import Rows, Traffic, traffic

@@ -2,6 +2,7 @@
 
 import math
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -154,9 +155,9 @@ class CodeTask(Task[Problem]):
         """The rows of a file that are problems to be asked."""
         return read_rows(path)
 
+    @abstractmethod
     def problem(self, row: Row) -> Problem:
         """The problem of a row."""
-        raise NotImplementedError
 
     def full_prompt(self, problem: Problem) -> Prompt:
         """What the model continues, with what stands before it."""

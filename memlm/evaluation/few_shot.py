@@ -1,7 +1,7 @@
 """Tasks of questions: how a prompt with solved examples before the question is made."""
 
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,7 +14,7 @@ from memlm.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class Question(ABC):
     """What is asked.
 
     Args:
@@ -26,9 +26,9 @@ class Question:
     subject: str = dataclasses.field(default="all", kw_only=True)
 
     @property
+    @abstractmethod
     def solution(self) -> str:
         """What follows the question in a solved example."""
-        raise NotImplementedError
 
     @property
     def asked(self) -> Sequence[str]:

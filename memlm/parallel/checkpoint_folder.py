@@ -28,7 +28,7 @@ from memlm.parallel.sharded_checkpoint import read_metadata
 
 META = "meta.pt"
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_0.state."
-_GROUPS = "optimizer_groups"
+GROUPS = "optimizer_groups"
 """In ``meta.pt``: the parameters' names by optimizer group."""
 
 
@@ -61,7 +61,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     tensors = {WEIGHTS + name: tensor for name, tensor in checkpoint["state_dict"].items()}
     meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     for optimizer in checkpoint.get("optimizer_states", ()):
-        meta[_GROUPS] = optimizer["param_groups"]
+        meta[GROUPS] = optimizer["param_groups"]
         for name, state in optimizer["state"].items():
             tensors |= {f"{OPTIMIZER}{name}.{kind}": tensor for kind, tensor in state.items()}
     folder = fresh_beside(path) if first else path.with_name(f".{path.name}.tmp")
@@ -95,7 +95,7 @@ def save_file(checkpoint: dict[str, Any]) -> dict[str, Any]:
     optimizers = []
     for optimizer in checkpoint.get("optimizer_states", ()):
         optimizers.append(
-            _numbered(
+            by_number(
                 {name: whole(state) for name, state in optimizer["state"].items()},
                 optimizer["param_groups"],
             )
@@ -179,10 +179,10 @@ def read_whole(path: Path, weights_only: bool = True, optimizer: bool = True) ->
             parameter, kind = name.removeprefix(OPTIMIZER).rsplit(".", 1)
             state.setdefault(parameter, {})[kind] = tensor
     weights = {name.removeprefix(WEIGHTS): t for name, t in tensors.items() if name.startswith(WEIGHTS)}
-    groups = folder.meta.pop(_GROUPS, None)
+    groups = folder.meta.pop(GROUPS, None)
     result = folder.meta | {"state_dict": weights}
     if optimizer and groups is not None:
-        result["optimizer_states"] = [_numbered(state, groups)]
+        result["optimizer_states"] = [by_number(state, groups)]
     return result
 
 
@@ -251,13 +251,16 @@ def _copy_part(whole: Tensor, target: Tensor) -> None:
     target.to_local().copy_(part)
 
 
-def _numbered(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """An optimizer's state as torch's ``state_dict`` has it: parameters by number."""
-    numbers: dict[str, int] = {}
-    for group in groups:
-        for name in group["params"]:
-            numbers.setdefault(name, len(numbers))
+def by_number(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state as torch's ``state_dict`` has it: parameters by number.
+
+    Args:
+        state: What each parameter has, by the parameter's name.
+        groups: The optimizer's, with the names of their parameters.
+    """
+    names = dict.fromkeys(name for group in groups for name in group["params"])
+    numbers = {name: number for number, name in enumerate(names)}
     return {
-        "state": {numbers[name]: own for name, own in state.items()},
+        "state": {number: state[name] for name, number in numbers.items() if name in state},
         "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
     }

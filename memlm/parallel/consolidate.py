@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memlm.errors import CheckpointError, DataError
-from memlm.parallel.checkpoint_folder import META, OPTIMIZER, WEIGHTS
+from memlm.parallel.checkpoint_folder import GROUPS, META, OPTIMIZER, WEIGHTS, by_number
 from memlm.parallel.folder_swap import recover
 from memlm.parallel.sharded_checkpoint import StoredTensor, as_bytes, read_tensors
 from memlm.resume import read_checkpoint
@@ -79,10 +79,10 @@ def _content(folder: Path) -> dict[str, Any]:
         raise CheckpointError(folder, "holds no model")
     if content["architecture"].get("transformer", {}).get("tie_embeddings"):
         state["transformer.output.weight"] = state["transformer.embedding.weight"]
-    groups = content.pop("optimizer_groups", None)
+    groups = content.pop(GROUPS, None)
     if groups is None:
-        raise CheckpointError(folder / META, "lacks optimizer_groups: memlm did not write it")
-    optimizer = _numbered(_below(stored, OPTIMIZER), groups)
+        raise CheckpointError(folder / META, f"lacks {GROUPS}: memlm did not write it")
+    optimizer = by_number(_by_parameter(_below(stored, OPTIMIZER)), groups)
     return content | {"state_dict": state, "optimizer_states": [optimizer]}
 
 
@@ -90,18 +90,13 @@ def _below(stored: dict[str, StoredTensor], prefix: str) -> dict[str, StoredTens
     return {key.removeprefix(prefix): value for key, value in stored.items() if key.startswith(prefix)}
 
 
-def _numbered(stored: dict[str, StoredTensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """An optimizer's state by the number of each parameter, where a sharded one has names."""
-    names = [name for group in groups for name in group["params"]]
-    numbers = {name: number for number, name in enumerate(names)}
-    state: dict[int, dict[str, StoredTensor]] = {}
+def _by_parameter(stored: dict[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """An optimizer's tensors, ``NAME.KIND``, by name and kind."""
+    state: dict[str, dict[str, StoredTensor]] = {}
     for key, tensor in stored.items():
         name, kind = key.rsplit(".", 1)
-        state.setdefault(numbers[name], {})[kind] = tensor
-    return {
-        "state": dict(sorted(state.items())),
-        "param_groups": [group | {"params": [numbers[name] for name in group["params"]]} for group in groups],
-    }
+        state.setdefault(name, {})[kind] = tensor
+    return state
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

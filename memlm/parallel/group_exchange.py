@@ -6,6 +6,7 @@ answers; backward as much as that less the slots. (Memory Layers at Scale, secti
 are split along the value dim.)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 # torch before 2.13 has these under their old names, of which later ones warn.
 _GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 _REDUCE = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+
+Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
 
 class GroupExchange:
@@ -33,20 +36,24 @@ class GroupExchange:
 
     def gather(self, x: Tensor) -> Tensor:
         """All ranks' ``[N, ...]`` one after the other, ``[G * N, ...]``; their gradients are summed."""
-        return _Gather.apply(x, self.group)
+        return _WithGradient.apply(x, self.group, _gather, _sum_and_scatter)
 
     def sum_to_tokens(self, x: Tensor) -> Tensor:
         """Sums over the ranks of what each has for all tokens ``[G * N, ...]``, of its own ``[N, ...]``."""
-        return _SumAndScatter.apply(x, self.group)
+        return _WithGradient.apply(x, self.group, _sum_and_scatter, _gather)
 
     def columns_to_tokens(self, x: Tensor) -> Tensor:
         """Its columns of all tokens ``[G * N, V / G]`` to all columns of its own tokens ``[N, V]``."""
-        blocks = _Swap.apply(x, self.group)
+        blocks = self._swapped(x)
         return blocks.view(self.size, -1, x.shape[1]).transpose(0, 1).flatten(1)
 
     def tokens_to_columns(self, x: Tensor) -> Tensor:
         """The inverse: all columns of its own tokens ``[N, V]`` to its columns of all tokens."""
-        return _Swap.apply(x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1), self.group)
+        return self._swapped(x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1))
+
+    def _swapped(self, x: Tensor) -> Tensor:
+        """Block ``g`` here becomes block ``r`` of rank ``g``, where this is rank ``r``: its own inverse."""
+        return _WithGradient.apply(x, self.group, _swap, _swap)
 
 
 def _gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -67,36 +74,16 @@ def _swap(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return result
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _gather(x, group)
+class _WithGradient(torch.autograd.Function):
+    """A collective, and the one that is its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _sum_and_scatter(gradients[0], ctx.group), None
-
-
-class _SumAndScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _sum_and_scatter(x, group)
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup, collective: Collective, gradient: Collective
+    ) -> Tensor:
+        ctx.group, ctx.gradient = group, gradient
+        return collective(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _gather(gradients[0], ctx.group), None
-
-
-class _Swap(torch.autograd.Function):
-    """Block ``g`` of this rank becomes block ``r`` of rank ``g``, if this is rank ``r``: its own inverse."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _swap(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _swap(gradients[0], ctx.group), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient(gradients[0], ctx.group), None, None, None
