@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from memlm.parallel.checkpoint_folder import read_whole
 from memlm.parallel.folder_swap import copy, link, put_in_place
-from memlm.parallel.strategy import MemoryParallelStrategy
+from memlm.parallel.memory_strategy import MemoryStrategy
 
 
 class Checkpoints(Checkpoint):
@@ -96,7 +96,7 @@ class Checkpoints(Checkpoint):
         last = self.directory / "last.ckpt"
         trainer.save_checkpoint(last, weights_only=False)  # all of it, not the weights alone
         if best and trainer.is_global_zero:
-            new_files = isinstance(trainer.strategy, MemoryParallelStrategy)
+            new_files = isinstance(trainer.strategy, MemoryStrategy)
             _second_name(last, self.directory / "best.ckpt", new_files)
         trainer.strategy.barrier("Checkpoints")
 

@@ -27,8 +27,8 @@ from memlm.huggingface import read_architecture
 from memlm.language_models import LanguageModel
 from memlm.loggers import run_loggers
 from memlm.memory.pool import values_without_memory
+from memlm.parallel.memory_strategy import GROUP_KEY, MemoryStrategy, splits_memory
 from memlm.parallel.placing import check_pools
-from memlm.parallel.strategy import GROUP_KEY, MemoryParallelStrategy, is_memory_parallel
 from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
 from memlm.run_directory import RunConfig, RunFiles
 from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
@@ -165,7 +165,7 @@ class CommandLine(LightningCLI):
         raised: list[Exception] = []
 
         # A value table that is split is never whole on any rank: each makes its own part later.
-        split = is_memory_parallel(self.config[self.verb].trainer.strategy)
+        split = splits_memory(self.config[self.verb].trainer.strategy)
 
         def construct(cls: type, *args: Any, **kwargs: Any) -> Any:
             try:
@@ -216,7 +216,7 @@ class CommandLine(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # such as an unknown strategy
             raise ConfigError("trainer", str(error)) from error
-        if isinstance(trainer.strategy, MemoryParallelStrategy):
+        if isinstance(trainer.strategy, MemoryStrategy):
             # Before other processes start: this one says it once, where they would all say it.
             check_pools(self.model.transformer, trainer.strategy.group_size, GROUP_KEY)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:

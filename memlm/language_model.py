@@ -17,7 +17,8 @@ from memlm.kernels.backend import select
 from memlm.memory import MemoryPlan, MemoryPool
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
 from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
-from memlm.parallel.strategy import GROUP_KEY, MemoryParallelStrategy
+from memlm.parallel.memory_strategy import GROUP_KEY, MemoryStrategy
+from memlm.parallel.placing import check_pools
 from memlm.pretrained import PretrainedConfig, is_memory
 from memlm.resume import flatten, plain
 from memlm.transformer import MoEConfig, Transformer, TransformerConfig
@@ -107,12 +108,10 @@ class LanguageModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Give each rank its part of the model, where the strategy splits it."""
         strategy = self.trainer.strategy
-        if self._placed or not isinstance(strategy, MemoryParallelStrategy):
+        if self._placed or not isinstance(strategy, MemoryStrategy):
             return
-        from memlm.parallel.placing import check_pools, place
-
         check_pools(self.transformer, strategy.memory_mesh.group_size, GROUP_KEY)
-        place(self.transformer, strategy.memory_mesh, strategy.root_device)
+        strategy.place(self.transformer)
         self._placed = True
 
     def setup(self, stage: str) -> None:
@@ -150,11 +149,12 @@ class LanguageModel(pl.LightningModule):
             )
         if not self.pools:
             return
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, MemoryParallelStrategy):
+        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, MemoryStrategy):
             raise ConfigError(
                 "trainer.strategy",
                 f"is {type(self.trainer.strategy).__name__} with {self.trainer.world_size} processes; the "
-                "rows of a memory pool are exchanged between processes by memory_parallel alone",
+                "rows of a memory pool are exchanged between processes by memory_parallel, memory_ddp and "
+                "memory_deepspeed alone (configs/parallel/)",
             )
         if str(self.trainer.precision).startswith("16"):
             raise ConfigError(

@@ -94,6 +94,7 @@ class MemoryPool(nn.Module):
     ) -> None:
         super().__init__()
         self.start_at_zero = start_at_zero
+        self._drawn_in = dtype  # whatever they are converted to later
         self.slots = slots
         self.value_dim = value_dim
         device = "meta" if _without_memory.get() else None
@@ -130,7 +131,7 @@ class MemoryPool(nn.Module):
         rows = max(_DRAWN_AT_ONCE // self.value_dim // 16 * 16, 16)
         for start in range(0, self.slots, rows):
             block = table[start : start + rows]
-            drawn = torch.empty(len(block), self.value_dim, dtype=table.dtype, device=table.device)
+            drawn = torch.empty(len(block), self.value_dim, dtype=self._drawn_in, device=table.device)
             block.copy_(drawn.normal_(std=self.value_dim**-0.5)[:, first : first + width])
 
     def read(self, slots: Tensor, weights: Tensor) -> Tensor:

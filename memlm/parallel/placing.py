@@ -12,6 +12,7 @@ from memlm.errors import ConfigError
 from memlm.memory import MemoryPool
 from memlm.parallel.batch_norm import synchronise
 from memlm.parallel.dense_split import split_dimension
+from memlm.parallel.expert_split import ExpertMesh, check_experts
 from memlm.parallel.group_exchange import GroupExchange
 from memlm.parallel.mesh import MemoryMesh
 from memlm.parallel.row_exchange import RowExchange
@@ -34,7 +35,16 @@ def check_pools(model: Transformer, group_size: int, key: str) -> None:
 
 
 @torch.no_grad()
-def place(model: Transformer, mesh: MemoryMesh, device: torch.device) -> None:
+def place(
+    model: Transformer,
+    mesh: MemoryMesh,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    shard_dense: bool = True,
+    expert_group: int = 1,
+    expert_key: str = EXPERT_KEY,
+) -> None:
     """Give each rank its part of a model, in place.
 
     Args:
@@ -42,29 +52,36 @@ def place(model: Transformer, mesh: MemoryMesh, device: torch.device) -> None:
             the initial values that it would have had; no rank then ever holds a whole table.
         mesh: Of the value tables.
         device: Where to.
+        dtype: Of all parameters from now on; default: each keeps its own.
+        shard_dense: Whether the other parameters are split over all ranks (FSDP2).
+        expert_group: Ranks that share one copy of the experts, each with some of them; goes with
+            ``shard_dense``.
     """
     pools = cast(dict[str, MemoryPool], dict(model.pools.items()))
     for pool in pools.values():
-        _split(pool, mesh, device)
+        _split(pool, mesh, device, dtype)
     model.to(device)
     if model.drawn_from is not None:
         with torch.random.fork_rng(devices=()):
             torch.set_rng_state(model.drawn_from)
             initialise(model)
         model.drawn_from = None
+    if dtype is not None:  # drawn in the dtypes of a model on one device, which is converted later, too
+        model.to(dtype)
     synchronise(model)
-    _shard(model, mesh.mesh, [pool.values for pool in pools.values()])
+    if shard_dense:
+        _shard(model, mesh.mesh, [pool.values for pool in pools.values()])
 
 
-def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device) -> None:
+def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device, dtype: torch.dtype | None) -> None:
     """Leave a pool this rank's columns of its values."""
     values = pool.values
     width = pool.value_dim // mesh.group_size
     if values.is_meta:
-        table = torch.empty(pool.slots, width, dtype=values.dtype, device=device)
+        table = torch.empty(pool.slots, width, dtype=dtype or values.dtype, device=device)
     else:
         first = mesh.place * width
-        table = values.detach()[:, first : first + width].to(device, copy=True)
+        table = values.detach()[:, first : first + width].to(device, dtype, copy=True)
     whole = DTensor.from_local(
         table,
         mesh.mesh,

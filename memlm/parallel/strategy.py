@@ -1,24 +1,17 @@
-"""The Lightning strategy that splits value tables over memory groups, and the rest by FSDP2."""
+"""The strategies that split value tables over memory groups; they differ in what becomes of the rest."""
 
-import sys
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.optim import Optimizer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch.nn.parallel import DistributedDataParallel
 
-from memlm.errors import ConfigError
-from memlm.parallel import checkpoint_folder
-from memlm.parallel.folder_swap import remove
-from memlm.parallel.mesh import MemoryMesh, memory_mesh
-from memlm.parallel.watch import Watch
-
-GROUP_KEY = "trainer.strategy.memory_group"
+from memlm.parallel.memory_strategy import MemoryStrategy
+from memlm.transformer import Transformer
 
 
-class MemoryParallelStrategy(ModelParallelStrategy):
+class MemoryParallelStrategy(MemoryStrategy, ModelParallelStrategy):
     """Ranks in groups, each of which has every value table once, split along the value dim.
 
     The other parameters, their gradients and moments are split over all ranks (FSDP2). Checkpoints are
@@ -34,6 +27,8 @@ class MemoryParallelStrategy(ModelParallelStrategy):
         timeout: After which a collective that some rank does not join fails.
     """
 
+    shards_dense = True
+
     def __init__(
         self,
         memory_group: int | None = None,
@@ -42,101 +37,44 @@ class MemoryParallelStrategy(ModelParallelStrategy):
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
         super().__init__(
+            memory_group,
+            save_distributed_checkpoint,
             tensor_parallel_size=1,
-            save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.memory_group = memory_group
-        self._memory_mesh: MemoryMesh | None = None
-        self._watch: Watch | None = None
-
-    @property
-    def memory_mesh(self) -> MemoryMesh:
-        """Of the value tables; once processes have started."""
-        assert self._memory_mesh is not None
-        return self._memory_mesh
-
-    @property
-    def group_size(self) -> int:
-        """``G``, ranks in a group; known before processes have started.
-
-        Raises:
-            ConfigError: It does not divide the number of ranks.
-        """
-        ranks = self.num_nodes * self.num_processes
-        group = ranks if self.memory_group is None else self.memory_group
-        if group < 1 or ranks % group:
-            raise ConfigError(GROUP_KEY, f"is {group}, must divide the number of processes ({ranks})")
-        return group
 
     def setup_environment(self) -> None:
         """Start the processes' communication."""
-        ranks, group = self.num_nodes * self.num_processes, self.group_size
-        self._data_parallel_size = ranks
+        self._data_parallel_size = self.ranks
         super().setup_environment()
-        self._memory_mesh = memory_mesh(self.root_device.type, ranks, group, GROUP_KEY)
-        if ranks > 1 and self._watch is None:
-            place = self.cluster_environment
-            assert place is not None
-            self._watch = Watch(self.global_rank, ranks, place.main_address, place.main_port)
 
-    def on_exception(self, exception: BaseException) -> None:
-        """Say which rank's end has caused this one's, if one has."""
-        super().on_exception(exception)
-        if self._watch is not None and isinstance(exception, Exception):
-            cause = self._watch.explain(exception)
-            if cause is not None:
-                print(f"memlm: rank {self.global_rank} ends: {cause}", file=sys.stderr, flush=True)
 
-    def teardown(self) -> None:
-        """End the watch over the other ranks, too."""
-        if self._watch is not None:
-            self._watch.stop()
-            self._watch = None
-        super().teardown()
+class MemoryDDPStrategy(MemoryStrategy, DDPStrategy):
+    """Every rank has the whole model, unless ``memory_group`` splits the value tables.
 
-    # -- checkpoints
+    Dense gradients are averaged (DDP), rows exchanged. The optimizer's state of the values is split over all
+    ranks.
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """This rank's part of the model's state, without a copy."""
-        assert self.lightning_module is not None
-        return self.lightning_module.state_dict()
+    Args:
+        memory_group: G: ranks that share one copy of the values; null: all. Default: each rank has its own.
+        save_distributed_checkpoint: See :class:`MemoryParallelStrategy`.
+        **others: Of Lightning's DDPStrategy, and of torch's DistributedDataParallel.
+    """
 
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """This rank's part of the optimizer's state, without a copy, by the parameters' names."""
-        assert self.lightning_module is not None
-        inner: Any = getattr(optimizer, "optimizer", optimizer)
-        return checkpoint_folder.optimizer_state(self.lightning_module, inner)
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+    def __init__(
+        self, memory_group: int | None = 1, save_distributed_checkpoint: bool = True, **others: Any
     ) -> None:
-        """Write a checkpoint, each rank its part; it takes its name when it is whole."""
-        path = Path(self.broadcast(str(filepath)))
-        if self._save_distributed_checkpoint:
-            checkpoint_folder.save(checkpoint, path)
-            return
-        whole = checkpoint_folder.save_file(checkpoint)
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(whole, path, storage_options)
-        self.barrier()
+        super().__init__(memory_group, save_distributed_checkpoint, **others)
 
-    def load_checkpoint(
-        self, checkpoint_path: str | Path, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Read this rank's part of a checkpoint of any number of ranks, or of a single device."""
-        path = Path(self.broadcast(str(checkpoint_path)))
-        assert self.lightning_module is not None
-        optimizers: list[Any] = [getattr(own, "optimizer", own) for own in self.optimizers]
-        return checkpoint_folder.load(
-            path, self.lightning_module, optimizers, weights_only is None or weights_only
-        )
-
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint, a file or a folder."""
-        if self.is_global_zero:
-            remove(Path(filepath))
+    def place(self, model: Transformer) -> None:
+        """Give this rank its part of a model, in place."""
+        super().place(model)
+        module = self.lightning_module
+        assert module is not None
+        tables = [name for name, _ in module.named_parameters() if name.endswith(".values")]
+        # Their gradient is none of DDP's business, and their parts differ from rank to rank.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, tables)
 
 
 StrategyRegistry.register(
@@ -144,10 +82,6 @@ StrategyRegistry.register(
     MemoryParallelStrategy,
     description="value tables split over memory groups, all else by FSDP2",
 )
-
-
-def is_memory_parallel(strategy: Any) -> bool:
-    """Whether what a config says of the Trainer's strategy means this one."""
-    if isinstance(strategy, str):
-        return strategy == "memory_parallel"
-    return str(getattr(strategy, "class_path", "")).endswith(f".{MemoryParallelStrategy.__name__}")
+StrategyRegistry.register(
+    "memory_ddp", MemoryDDPStrategy, description="the whole model on each rank, rows exchanged"
+)
