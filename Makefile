@@ -1,5 +1,5 @@
 # Thin wrappers; each line can be run by hand.
-.PHONY: install test slow lint quickstart ci
+.PHONY: install test slow distributed lint quickstart ci
 
 install: .venv/bin/memlm
 
@@ -13,6 +13,9 @@ test: install
 
 slow: install
 	.venv/bin/pytest -m slow
+
+distributed: install
+	.venv/bin/pytest -m distributed
 
 lint: install
 	.venv/bin/ruff check .

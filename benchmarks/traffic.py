@@ -27,11 +27,12 @@ from memlm.memory.pool import values_without_memory
 from memlm.metrics import summed_loss
 from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
 from memlm.optim.row_state import local
+from memlm.parallel.expert_traffic import Routed
 from memlm.parallel.mesh import memory_mesh
 from memlm.parallel.placing import place
 from memlm.parallel.traffic import Rows, Traffic, traffic
 from memlm.rank_memory import Mesh, RankMemory, rank_memory
-from memlm.transformer import Transformer, TransformerConfig
+from memlm.transformer import MoEConfig, Transformer, TransformerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, SEQUENCES, LENGTH, MICRO_BATCHES = 500, 4, 32, 2
@@ -49,12 +50,24 @@ MODELS: dict[str, MemoryPlan | None] = {
     "Engram": EngramConfig(slots=1600, heads=2, layers=[1], value_dim=16, kernels="reference"),
 }
 
+NARROW = ("few of many rows", "Memory+, 2 layers", "bf16 values", "PEER", "Engram")
+"""Of these, also measured with bf16 on the wire."""
 
-def build(plan: MemoryPlan | None) -> Transformer:
+EXPERTS: dict[str, MoEConfig] = {
+    "experts": MoEConfig(experts=8, routing="token_choice", top_k=2, expert_dim=32),
+    "few experts, shared": MoEConfig(
+        experts=8, routing="token_choice", top_k=1, expert_dim=32, shared_experts=1, layers=[0, 2]
+    ),
+    "experts, Memory+": MoEConfig(experts=16, expert_dim=16),
+}
+"""Models with experts; the last has a memory too."""
+
+
+def build(plan: MemoryPlan | None, moe: MoEConfig | None = None) -> Transformer:
     """A model whose values take no memory yet."""
     torch.manual_seed(0)
     with values_without_memory():
-        return Transformer(VOCAB, TransformerConfig(64, 3, 4, feed_forward_dim=96), plan)
+        return Transformer(VOCAB, TransformerConfig(64, 3, 4, feed_forward_dim=96), plan, moe)
 
 
 def optimizer_of(model: Transformer) -> MemoryAdamW:
@@ -64,10 +77,22 @@ def optimizer_of(model: Transformer) -> MemoryAdamW:
     return configure(model.named_parameters(), gradients, OptimizerConfig(), options, 10)[0]
 
 
-def measure(plan: MemoryPlan | None, mesh: Mesh, rank: int) -> dict[str, dict[str, dict[str, float]]]:
+def measure(
+    plan: MemoryPlan | None, mesh: Mesh, rank: int, moe: MoEConfig | None = None
+) -> dict[str, dict[str, dict[str, float]]]:
     """Counted and calculated bytes of one rank in one step."""
-    model, twin = build(plan), build(plan).to("meta")
-    place(model, memory_mesh("cpu", mesh.ranks, mesh.memory_group, "--memory_group"), torch.device("cpu"))
+    model, twin = build(plan, moe), build(plan, moe).to("meta")
+    of_values = memory_mesh("cpu", mesh.ranks, mesh.memory_group, "--memory_group")
+    place(
+        model,
+        of_values,
+        torch.device("cpu"),
+        expert_group=mesh.expert_group,
+        wire_dtype=mesh.wire_dtype,
+    )
+    chosen = {index: torch.zeros(layer.config.experts) for index, layer in model.experts.items()}
+    for index, layer in model.experts.items():
+        layer.observers.append(chosen[index].add_)
     optimizer = optimizer_of(model)
     generator = torch.Generator().manual_seed(rank)
     optimizer.zero_grad()
@@ -93,12 +118,23 @@ def measure(plan: MemoryPlan | None, mesh: Mesh, rank: int) -> dict[str, dict[st
         dist.all_reduce(most, dist.ReduceOp.MAX, group=exchange.replicas)
         rows[name] = Rows(int(most[0]), int(elsewhere.sum()), finals[name], int(most[1]))
     tokens_of_step = SEQUENCES * LENGTH * MICRO_BATCHES
-    sent = traffic(twin, mesh, tokens_of_step, MICRO_BATCHES, rows)
+    routed = {index: _routed(counts, mesh, rank) for index, counts in chosen.items()}
+    sent = traffic(twin, mesh, tokens_of_step, MICRO_BATCHES, rows, routed=routed)
     held = rank_memory(twin, optimizer_of(twin), mesh, tokens_of_step)
     return {
         "sent": {"formula": _sent(sent), "counted": {"passes": passes.total, "step": step.total}},
         "held": {"formula": held.as_dict(), "counted": _held(model, optimizer, buffers).as_dict()},
     }
+
+
+def _routed(counts: torch.Tensor, mesh: Mesh, rank: int) -> Routed:
+    """Rows that a rank exchanges, of those that every rank has for each expert."""
+    of_ranks = counts.new_empty(mesh.ranks, mesh.expert_group, len(counts) // mesh.expert_group)
+    dist.all_gather_into_tensor(of_ranks.flatten(), counts)
+    place = rank % mesh.expert_group
+    of_group = of_ranks[rank - place : rank - place + mesh.expert_group]
+    own = float(of_group[place, place].sum())
+    return Routed(float(counts.sum()) - own, float(of_group[:, place].sum()) - own)
 
 
 def _sent(formula: Traffic) -> dict[str, float]:
@@ -135,6 +171,20 @@ def work(groups: list[int]) -> None:
             found: list[Any] = [None] * ranks
             dist.all_gather_object(found, measure(plan, Mesh(ranks, group, True), rank))
             rows.append({"model": name, "ranks": ranks, "memory_group": group, "by_rank": found})
+        for name in NARROW:
+            found = [None] * ranks
+            mesh = Mesh(ranks, group, True, wire_dtype=torch.bfloat16)
+            dist.all_gather_object(found, measure(MODELS[name], mesh, rank))
+            rows.append(
+                {"model": f"{name}, bf16 sent", "ranks": ranks, "memory_group": group, "by_rank": found}
+            )
+        for name, moe in EXPERTS.items():
+            plan = MODELS["Memory+, 2 layers"] if name == "experts, Memory+" else None
+            found = [None] * ranks
+            mesh = Mesh(ranks, ranks, True, expert_group=group)
+            dist.all_gather_object(found, measure(plan, mesh, rank, moe))
+            name = f"{name}, split over {group}"
+            rows.append({"model": name, "ranks": ranks, "memory_group": ranks, "by_rank": found})
     if rank == 0:
         print(json.dumps(rows))
     dist.destroy_process_group()

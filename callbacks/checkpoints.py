@@ -3,6 +3,8 @@
 import math
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,27 @@ class Checkpoints(Checkpoint):
     Args:
         directory: Folder of the checkpoints.
         monitor: Metric whose lowest value makes a checkpoint the best.
+        report: File that tells of every checkpoint its ``step``, the ``seconds`` until it was in place, the
+            ``seconds_waited`` of them in which training stood still, and its ``bytes``. Default: none.
     """
 
-    def __init__(self, directory: str | Path, monitor: str = "val/loss") -> None:
+    def __init__(
+        self, directory: str | Path, monitor: str = "val/loss", report: str | Path | None = None
+    ) -> None:
         self.directory = Path(directory)
         self.monitor = monitor
+        self.report = None if report is None else Path(report)
         self.best_score: float | None = None
         self._saved_step: int | None = None
+        self._told_to_end = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Nothing is new before the first step, whether the run starts or continues.
         self._saved_step = trainer.global_step
+        self._told_to_end = False
+        if isinstance(trainer.strategy, MemoryStrategy) and trainer.world_size > 1:
+            # Lightning's own handler would broadcast, on each rank between other collectives.
+            signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._active(trainer):
@@ -56,6 +68,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if isinstance(trainer.strategy, MemoryStrategy) and trainer.world_size > 1:
+            self._end_together(trainer, trainer.strategy)
         # Where nothing is validated, save as often as validation would have.
         if not self._active(trainer) or (trainer.enable_validation and any(trainer.num_val_batches)):
             return
@@ -65,11 +79,13 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._active(trainer):
             self._save(trainer, best=False)
+        if isinstance(trainer.strategy, MemoryStrategy):
+            trainer.strategy.finish_saving()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         # A scheduler takes the machine away. Lightning raises this after a batch: of training, where the
-        # state is whole unless gradients are being accumulated, or of validation, where it is not. Other
-        # processes need not be at the same place, so there is no collective save.
+        # state is whole unless gradients are being accumulated, or of validation, where it is not. Several
+        # processes have saved in _end_together, where all are at the same place.
         if not isinstance(exception, SIGTERMException) or not self._active(trainer):
             return
         if trainer.training and not trainer.fit_loop._should_accumulate() and trainer.world_size == 1:
@@ -84,6 +100,17 @@ class Checkpoints(Checkpoint):
         if (self.directory / "best.ckpt").exists():
             self.best_score = state_dict["best_score"]
 
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        self._told_to_end = True
+
+    def _end_together(self, trainer: Trainer, strategy: MemoryStrategy) -> None:
+        """If one of several processes is told to end, all save after the same batch, and end."""
+        if not strategy.ends(self._told_to_end) or trainer.fit_loop._should_accumulate():
+            return
+        if self._active(trainer):
+            self._save(trainer, best=False)
+        trainer._signal_connector.received_sigterm = True  # raised after this batch
+
     def _active(self, trainer: Trainer) -> bool:
         return trainer.state.fn == TrainerFn.FITTING and not trainer.fast_dev_run  # type: ignore[attr-defined]
 
@@ -94,11 +121,29 @@ class Checkpoints(Checkpoint):
             return
         self._saved_step = trainer.global_step
         last = self.directory / "last.ckpt"
+        strategy, step, start = trainer.strategy, trainer.global_step, time.perf_counter()
         trainer.save_checkpoint(last, weights_only=False)  # all of it, not the weights alone
-        if best and trainer.is_global_zero:
-            new_files = isinstance(trainer.strategy, MemoryStrategy)
-            _second_name(last, self.directory / "best.ckpt", new_files)
-        trainer.strategy.barrier("Checkpoints")
+        waited = time.perf_counter() - start
+
+        def when_saved() -> None:
+            self._record(step, time.perf_counter() - start, waited, _bytes_of(last))
+            if best:
+                _second_name(last, self.directory / "best.ckpt", isinstance(strategy, MemoryStrategy))
+
+        if isinstance(strategy, MemoryStrategy):
+            strategy.when_saved(when_saved)
+        elif trainer.is_global_zero:
+            when_saved()
+        strategy.barrier("Checkpoints")
+
+    def _record(self, step: int, seconds: float, waited: float, size: int) -> None:
+        if self.report is None:
+            return
+        new = not self.report.exists()
+        with self.report.open("a", encoding="utf-8") as file:
+            if new:
+                file.write("step,seconds,seconds_waited,bytes\n")
+            file.write(f"{step},{seconds:.4f},{waited:.4f},{size}\n")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -124,6 +169,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():
             return read_whole(Path(path), weights_only is None or weights_only)
         return super().load_checkpoint(path, map_location or (lambda storage, loc: storage), weights_only)
+
+
+def _bytes_of(checkpoint: Path) -> int:
+    files = checkpoint.iterdir() if checkpoint.is_dir() else [checkpoint]
+    return sum(file.stat().st_size for file in files)
 
 
 def _second_name(source: Path, target: Path, new_files: bool) -> None:

@@ -31,7 +31,7 @@ class ExpertLoad(Callback):
     - ``experts/<block>/unchosen_in_training``: share of the tokens that no expert chose.
 
     Padding counts like other tokens. Loads are summed where they are, and looked at only when an evaluation
-    ends. Activation checkpointing counts a training batch twice, which changes none of these.
+    ends.
 
     Args:
         every_n_steps: Every how many optimizer steps a training step is sampled.

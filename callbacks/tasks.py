@@ -130,6 +130,7 @@ class Tasks(Callback):
             batch_size=self.batch_size,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            apart=pl_module.ranks_apart,
         )
         with trainer.precision_plugin.forward_context(), unobserved(pl_module.transformer):
             return [task.run(evaluator, self.records) for task in self.tasks]

@@ -6,7 +6,7 @@ import sys
 from typing import NamedTuple
 
 from memlm import __version__
-from memlm.errors import UserError
+from memlm.errors import is_users, line_of
 
 
 class Verb(NamedTuple):
@@ -134,9 +134,17 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
     except Exception as error:
-        if os.environ.get("MEMLM_TRACEBACK") == "1" or not _is_users(error):
+        if os.environ.get("MEMLM_TRACEBACK") == "1":
             raise
-        return _fail(f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error))
+        # Where several processes run together, the one that is at fault has said so.
+        if (code := getattr(error, "exit_code", None)) is not None:
+            return int(code)
+        if not is_users(error):
+            raise
+        line = line_of(error)
+        if not _said_before(line):
+            print(line, file=sys.stderr)
+        return EXIT_USER_ERROR
 
 
 def _share_cores() -> None:
@@ -149,11 +157,13 @@ def _share_cores() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
-def _is_users(error: Exception) -> bool:
-    # Lightning's own complaint about contradicting Trainer arguments; by name, for it may not be imported.
-    if isinstance(error, OSError):  # a file that cannot be read or written
-        return error.filename is not None
-    return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+def _said_before(line: str) -> bool:
+    """Whether another of the processes that torchrun has started has said the same."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return False
+    from memlm.parallel.agreement import said_before
+
+    return said_before(line)
 
 
 def _fail(message: str) -> int:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 import callbacks
 import data_modules
+import memlm.parallel.strategy  # noqa: F401  registers the strategies by name
 from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
 from callbacks.random_state import RandomState
 from callbacks.run_directory import RunDirectory
@@ -27,9 +29,16 @@ from memlm.huggingface import read_architecture
 from memlm.language_models import LanguageModel
 from memlm.loggers import run_loggers
 from memlm.memory.pool import values_without_memory
+from memlm.parallel.expert_split import EXPERT_KEY, check_experts
 from memlm.parallel.memory_strategy import GROUP_KEY, MemoryStrategy, splits_memory
 from memlm.parallel.placing import check_pools
-from memlm.resume import architecture_overrides, check_architecture, read_checkpoint, resolve_checkpoint
+from memlm.resume import (
+    architecture_overrides,
+    check_architecture,
+    flatten,
+    read_checkpoint,
+    resolve_checkpoint,
+)
 from memlm.run_directory import RunConfig, RunFiles
 from memlm.trainer_rules import TRAINER_DEFAULTS, check_fit, quiet
 from memlm.usage_errors import UsageError, config_files_of, usage_error
@@ -195,12 +204,13 @@ class CommandLine(LightningCLI):
             )
         config = self.config_init[self.verb].trainer
         command = [self.verb, *self.arguments]
+        resolved = self.resolved_config()
         permanent: list[Callback] = [
-            RunDirectory(self.files, self.resolved_config(), command, self.fresh, self.source()),
+            RunDirectory(self.files, resolved, command, self.fresh, self.source()),
             RandomState(),
         ]
         if config.enable_checkpointing is not False:
-            permanent.append(Checkpoints(self.files.checkpoints))
+            permanent.append(Checkpoints(self.files.checkpoints, report=self.files.saves))
         optional = config.callbacks or []
         optional = optional if isinstance(optional, list) else [optional]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in optional):
@@ -216,9 +226,16 @@ class CommandLine(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError) as error:  # such as an unknown strategy
             raise ConfigError("trainer", str(error)) from error
+        except RuntimeError as error:
+            if "SLURM" not in str(error):
+                raise
+            raise ConfigError("trainer", str(error)) from error  # variables that contradict each other
         if isinstance(trainer.strategy, MemoryStrategy):
             # Before other processes start: this one says it once, where they would all say it.
-            check_pools(self.model.transformer, trainer.strategy.group_size, GROUP_KEY)
+            strategy = trainer.strategy
+            check_pools(self.model.transformer, strategy.group_size, GROUP_KEY)
+            check_experts(self.model.transformer, strategy.ranks, strategy.expert_group_size, EXPERT_KEY)
+            trainer.strategy.run_config = flatten(yaml.safe_load(resolved))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

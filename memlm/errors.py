@@ -63,3 +63,17 @@ class CheckpointError(UserError):
     def __init__(self, path: str | Path, message: str) -> None:
         self.path = str(path)
         super().__init__(f"{path}: {message}")
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether a user can mend this error: it is shown as one line, and ends a command with code 2."""
+    if isinstance(error, OSError):  # a file that cannot be read or written
+        return error.filename is not None
+    # Lightning's own complaint about contradicting Trainer arguments; by name, for it may not be imported.
+    return isinstance(error, UserError) or type(error).__name__ == "MisconfigurationException"
+
+
+def line_of(error: BaseException) -> str:
+    """What is said of an error that a user can mend."""
+    message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    return f"memlm: error: {' '.join(message.split())}"

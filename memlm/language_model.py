@@ -1,5 +1,7 @@
 """The LightningModule that every architecture is: training, evaluation, optimisation, checkpoints."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
@@ -15,8 +17,10 @@ from memlm.flops import Counts, count
 from memlm.huggingface import load_pretrained
 from memlm.kernels.backend import select
 from memlm.memory import MemoryPlan, MemoryPool
+from memlm.memory.pool import values_without_memory
 from memlm.metrics import IGNORED, RECALL_GROUPS, FactRecall, TokenLoss, summed_loss
-from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
+from memlm.optim import MemoryAdamW, OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
+from memlm.parallel.in_step import in_step
 from memlm.parallel.memory_strategy import GROUP_KEY, MemoryStrategy
 from memlm.parallel.placing import check_pools
 from memlm.pretrained import PretrainedConfig, is_memory
@@ -24,6 +28,9 @@ from memlm.resume import flatten, plain
 from memlm.transformer import MoEConfig, Transformer, TransformerConfig
 
 Batch = dict[str, Any]
+
+_NO_ARCHITECTURE = ("kernels", "start_at_zero", "auxiliary_loss", "z_loss", "activation_checkpointing")
+"""Options that a checkpoint does not fix: other kernels may read it, or training go on under other losses."""
 
 
 class LanguageModel(pl.LightningModule):
@@ -91,9 +98,8 @@ class LanguageModel(pl.LightningModule):
     def architecture(self) -> dict[str, Any]:
         """Everything that decides the parameters' names, shapes and types, as plain values."""
         sections = {name: asdict(config) for name, config in self.sections.items()}
-        # Not what a checkpoint fixes: other kernels may read it, and training may go on under other losses.
         for section in sections.values():
-            for name in ("kernels", "start_at_zero", "auxiliary_loss", "z_loss"):
+            for name in _NO_ARCHITECTURE:
                 section.pop(name, None)
             if section.get("tucker") is not None:
                 section["tucker"] = {"rank": section["tucker"]["rank"]}
@@ -101,7 +107,23 @@ class LanguageModel(pl.LightningModule):
 
     def counts(self, sequence_length: int) -> Counts:
         """Parameters, and FLOPs and bytes a token, at ``sequence_length`` tokens."""
-        return count(self.transformer, sequence_length)
+        model = self.transformer
+        if not all(parameter.numel() for parameter in model.parameters()):
+            model = self._outline()  # ZeRO 3 keeps parameters elsewhere
+        return count(model, sequence_length)
+
+    def _outline(self) -> Transformer:
+        """The transformer on the meta device."""
+        with torch.device("meta"), values_without_memory():
+            model = Transformer(
+                self.vocab_size,
+                self.sections["transformer"],
+                self.sections.get("memory"),
+                self.sections.get("moe"),
+            )
+        for name, pool in self.pools.items():
+            model.pools[name].to(pool.values.dtype)
+        return model
 
     # -- training
 
@@ -135,8 +157,13 @@ class LanguageModel(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Load the pretrained weights, unless a checkpoint has been loaded: only now is that known."""
+        self.take_pretrained()
+
+    def take_pretrained(self) -> None:
+        """Load the pretrained weights, if there are any, once, and over no checkpoint."""
         if self._pretrained is not None and not self._restored:
             load_pretrained(self.transformer, self._pretrained.folder, self._pretrained.allow_pickle)
+            self._restored = True
 
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
@@ -184,7 +211,7 @@ class LanguageModel(pl.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=self.trainer.world_size > 1)
         self.log("train/tokens", float(self.tokens_seen))
         for name, extra in self._layer_losses().items():
-            self.log(f"train/loss_{name}", extra.detach())
+            self.log(f"train/loss_{name}", extra.detach(), sync_dist=self.trainer.world_size > 1)
             loss = loss + extra
         return loss
 
@@ -214,12 +241,14 @@ class LanguageModel(pl.LightningModule):
         # their restored state (Lightning #20550).
         if self.trainer.max_steps < 1:
             raise ConfigError("trainer.max_steps", "must be given: training streams have no end")
+        strategy = self.trainer.strategy
         optimizer, schedule = configure(
             self.transformer.named_parameters(),
             {pool.values: pool.gradient for pool in self.pools.values()},
             self.dense_options,
             self.values_options,
             self.trainer.max_steps,
+            strategy.optimizer_class if isinstance(strategy, MemoryStrategy) else MemoryAdamW,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -272,6 +301,28 @@ class LanguageModel(pl.LightningModule):
             metric.reset()
         if stage == "val":
             self.log("train/tokens", float(self.tokens_seen))
+
+    @contextmanager
+    def ranks_apart(self) -> Iterator[None]:
+        """Within it each rank may run the model on inputs of its own, as often as it likes, without gradient.
+
+        All ranks must enter it. Outside it a model that is split needs equally many tokens on all ranks.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, MemoryStrategy) or not strategy.needs_all_ranks:
+            yield
+            return
+        with in_step(self.transformer, self.trainer.precision_plugin.forward_context):
+            yield
+
+    def on_predict_epoch_start(self) -> None:
+        """Let ranks differ: prompts are of any lengths, and the last ranks may have a batch fewer."""
+        self._predicting = ExitStack()
+        self._predicting.enter_context(self.ranks_apart())
+
+    def on_predict_epoch_end(self) -> None:
+        """Wait for the other ranks' passes."""
+        self._predicting.close()
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """A record of every continuation of a batch of prompts, or of every question of an evaluation batch:

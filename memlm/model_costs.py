@@ -12,7 +12,7 @@ from memlm.matching import baselines
 from memlm.meta_model import parse
 from memlm.optim import configure
 from memlm.parallel.traffic import traffic
-from memlm.rank_memory import Mesh, convert, rank_memory
+from memlm.rank_memory import Mesh, autocast_dtype, convert, rank_memory
 
 
 def describe(options: argparse.Namespace, files: list[str], words: list[str]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
     if tokens is None:
         raise ConfigError("tokens_per_rank", "is needed, since the data has no batch_size")
     group = options.memory_group or (options.ranks if model.pools else 1)
-    mesh = Mesh(options.ranks, group, options.shard_dense == "true")
+    mesh = Mesh(options.ranks, group, options.shard_dense == "true", expert_group=options.expert_group)
     convert(model, precision)
     optimizer, _ = configure(
         transformer.named_parameters(),
@@ -45,7 +45,8 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         max_steps=sys.maxsize,
     )
     held = rank_memory(transformer, optimizer, mesh, tokens)
-    sent = traffic(transformer, mesh, tokens, parsed.options.trainer.accumulate_grad_batches)
+    batches = parsed.options.trainer.accumulate_grad_batches
+    sent = traffic(transformer, mesh, tokens, batches, autocast=autocast_dtype(precision))
     found = {
         "name": "+".join(Path(file).stem for file in files) or type(model).__name__,
         "configs": files,

@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         default="false",
         help="whether the other parameters are split over all ranks (FSDP) [false]",
     )
+    add(
+        "--expert_group",
+        type=positive,
+        default=1,
+        metavar="G",
+        help="ranks that share one copy of the experts, each with some; goes with --shard_dense true [1]",
+    )
     add("--precision", metavar="P", help="32-true, bf16-mixed, bf16-true, ... [trainer.precision]")
     add(
         "--tokens_per_rank",

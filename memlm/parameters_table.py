@@ -27,6 +27,7 @@ _SENT = (
     ("rows", "updated rows, at most"),
     ("dense_weights", "dense weights"),
     ("dense_gradients", "dense gradients"),
+    ("experts", "tokens to experts and back"),
     ("batch_norms", "statistics of batch norms"),
     ("total", "all bytes"),
 )
@@ -57,6 +58,7 @@ def table(models: list[dict[str, Any]]) -> str:
         ("ranks", "ranks"),
         ("memory_group", "ranks of a memory group"),
         ("shard_dense", "dense parameters sharded"),
+        ("expert_group", "ranks of an expert group"),
         ("precision", "precision"),
         ("tokens", "tokens in an optimizer step"),
     ):

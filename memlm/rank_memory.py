@@ -12,12 +12,24 @@ from memlm.errors import ConfigError
 from memlm.memory import MemoryPool
 from memlm.optim import MemoryAdamW
 from memlm.parallel.dense_split import share
+from memlm.parallel.expert_split import check_experts, split_experts
 from memlm.transformer import Block, Transformer
 
 _DTYPES: dict[str, torch.dtype | None] = {
     "32-true": None, "32": None, "None": None, "bf16-mixed": None, "bf16": None, "16-mixed": None, "16": None,
     "bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64, "64": torch.float64,
 }  # fmt: skip
+_AUTOCAST = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
+
+
+def autocast_dtype(precision: Any) -> torch.dtype | None:
+    """What products are computed in under a ``trainer.precision``, if that is not their own dtype."""
+    return _AUTOCAST.get(str(precision))
 
 
 def convert(model: nn.Module, precision: Any) -> None:
@@ -50,13 +62,24 @@ class Mesh:
     """G: ranks that share one copy of the value tables, each with a slice of every row; divides ranks."""
     shard_dense: bool = False
     """Whether the other parameters are split over all ranks too (FSDP)."""
+    expert_group: int = 1
+    """Ranks that share one copy of the experts, each with some of them; divides ranks. 1: not split so."""
+    wire_dtype: torch.dtype | None = None
+    """What memory's wider floating-point numbers are sent as; None: as they are."""
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "memory_group"):
+        for name in ("ranks", "memory_group", "expert_group"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, f"is {getattr(self, name)}, must be at least 1")
         if self.ranks % self.memory_group:
             raise ConfigError("memory_group", f"is {self.memory_group}, must divide ranks ({self.ranks})")
+        if self.ranks % self.expert_group:
+            raise ConfigError("expert_group", f"is {self.expert_group}, must divide ranks ({self.ranks})")
+        if self.expert_group > 1 and not self.shard_dense:
+            raise ConfigError(
+                "expert_group",
+                f"is {self.expert_group}, and goes with shard_dense true, as in memory_parallel",
+            )
 
 
 @dataclass(frozen=True)
@@ -72,8 +95,8 @@ class RankMemory:
     values: int
     """The value tables."""
     row_gradients: int
-    """Sums of the rows that the memory group reads, at most: every read of another row. Of several ranks also
-    the sums over all of them of the rows that this one updates."""
+    """Sums of the rows that the memory group reads, at most: every read of another row. Of several groups
+    also the sums over all of them of the rows that this rank updates."""
     values_state: int
     """Optimizer state of the value tables, as their options have it."""
 
@@ -100,12 +123,21 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
         tokens: Tokens of one rank in an optimizer step.
 
     Raises:
-        ConfigError: The ranks of a memory group do not divide the elements of a value.
+        ConfigError: The ranks of a memory group do not divide the elements of a value, or those of an expert
+            group the experts.
     """
     pools = {name: cast(MemoryPool, pool) for name, pool in model.pools.items()}
     tables = {id(pool.values) for pool in pools.values()}
     dense = [parameter for parameter in model.parameters() if id(parameter) not in tables]
-    split = mesh.ranks if mesh.shard_dense else 1
+    check_experts(model, mesh.ranks, mesh.expert_group, "expert_group")
+    experts = split_experts(model, mesh.expert_group)
+
+    def held(parameter: nn.Parameter, tensor: Tensor) -> int:
+        """Bytes of the largest share of a tensor that is placed as a parameter is."""
+        if id(parameter) in experts and tensor.ndim:  # over the group, and again over the groups, evenly
+            return tensor.numel() // mesh.ranks * tensor.element_size()
+        return share(tensor.shape, mesh.ranks if mesh.shard_dense else 1) * tensor.element_size()
+
     group, groups = mesh.memory_group, mesh.ranks // mesh.memory_group
     for name, pool in pools.items():
         if pool.value_dim % group:
@@ -115,16 +147,14 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
             )
     reads = reads_per_token(model)
     return RankMemory(
-        dense_weights=_dense_bytes(dense, split),
-        dense_gradients=_dense_bytes((parameter for parameter in dense if parameter.requires_grad), split),
-        dense_state=_dense_bytes(
-            (state for p in dense for state in optimizer.state.get(p, {}).values()), split
-        ),
+        dense_weights=sum(held(p, p) for p in dense),
+        dense_gradients=sum(held(p, p) for p in dense if p.requires_grad),
+        dense_state=sum(held(p, state) for p in dense for state in optimizer.state.get(p, {}).values()),
         values=_bytes((pool.values for pool in pools.values()), 1, group),
         row_gradients=sum(
             (
                 min(reads[name] * tokens * group, pool.slots)
-                + (-(-min(reads[name] * tokens * mesh.ranks, pool.slots) // groups) if mesh.ranks > 1 else 0)
+                + (-(-min(reads[name] * tokens * mesh.ranks, pool.slots) // groups) if groups > 1 else 0)
             )
             * (pool.value_dim // group)
             * torch.promote_types(pool.values.dtype, torch.float32).itemsize
@@ -146,11 +176,6 @@ def reads_per_token(model: Transformer) -> Counter[str]:
         for name in block.pool_names:
             reads[name] += cast(int, cast(nn.Module, block.memory).rows_read)
     return reads
-
-
-def _dense_bytes(tensors: Iterable[Tensor], ranks: int) -> int:
-    """Of the largest share of each."""
-    return sum(share(tensor.shape, ranks) * tensor.element_size() for tensor in tensors)
 
 
 def _bytes(tensors: Iterable[Tensor], rows: int, columns: int = 1) -> int:

@@ -39,6 +39,7 @@ class RunFiles:
         self.environment = self.directory / "environment.json"
         self.model = self.directory / "model.json"
         self.metrics = self.directory / "metrics.csv"
+        self.saves = self.directory / "checkpoints.csv"
         self.test = self.directory / "test.json"
         self.tasks = self.directory / "tasks.json"
         self.predictions = self.directory / "predictions.jsonl"

@@ -1,6 +1,7 @@
 """What a task asks of a model, in texts: how likely continuations are, and what it writes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -83,6 +84,7 @@ class Evaluator:
         batch_size: Prompts that are continued at once.
         rank: Number of this process.
         world: Number of processes; each evaluates every ``world``-th example.
+        apart: What all processes enter before they ask, each what it likes, and leave before they meet again.
     """
 
     def __init__(
@@ -95,12 +97,13 @@ class Evaluator:
         batch_size: int = 16,
         rank: int = 0,
         world: int = 1,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.context = context
         self.batch_tokens, self.batch_size = batch_tokens, batch_size
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.apart = rank, world, apart
 
     @property
     def device(self) -> torch.device:

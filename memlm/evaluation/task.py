@@ -163,7 +163,8 @@ class Task(ABC, Generic[Example]):
         groups = [self.group(example) for example in self.examples]
         numbers = evaluator.share(range(len(self.examples)))
         try:
-            outcomes = self.evaluate(evaluator, [(number, self.examples[number]) for number in numbers])
+            with evaluator.apart():
+                outcomes = self.evaluate(evaluator, [(number, self.examples[number]) for number in numbers])
         except AnswerTooLong as error:
             raise DataError(self.path, str(error)) from None
         assert len(outcomes) == len(numbers)

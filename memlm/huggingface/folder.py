@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from memlm.errors import CheckpointError, ConfigError
 from memlm.huggingface.config import moe_options, transformer_config
 from memlm.huggingface.tensors import assemble, plan
+from memlm.parallel.checkpoint_folder import own_part
 from memlm.pretrained import is_memory
 from memlm.transformer.config import RopeScaling, TransformerConfig
 
@@ -46,6 +47,7 @@ def read_architecture(folder: str | Path) -> dict[str, dict[str, Any]]:
     """
     values, where = read_config(folder), Path(folder) / CONFIG
     sections = {"transformer": asdict(transformer_config(values, where))}
+    sections["transformer"].pop("activation_checkpointing")  # no part of an architecture
     options = moe_options(values, where)
     return sections if options is None else sections | {"moe": options}
 
@@ -139,6 +141,8 @@ class Checkpoint(Mapping[str, Tensor]):
 def load_pretrained(model: "Transformer", folder: str | Path, allow_pickle: bool = False) -> None:
     """Copy a checkpoint's weights into a model's parameters, in their dtype; its memory stays as it is.
 
+    Of parameters that are split over ranks each rank fills its part.
+
     All names, shapes and settings are compared before anything is copied.
 
     Args:
@@ -170,7 +174,15 @@ def load_pretrained(model: "Transformer", folder: str | Path, allow_pickle: bool
             folder, f"has {unused[0]}, for which the model has no place ({len(unused)} such parameters)"
         )
     for name, own in parameters.items():
-        assemble(sources[name], checkpoint, into=own)
+        part, offsets = own_part(own)
+        if part is own:
+            assemble(sources[name], checkpoint, into=own)
+        else:  # of what is one tensor in the checkpoint, no more is read than this part
+            part.copy_(assemble(sources[name], checkpoint)[_places(offsets, part.shape)])
+
+
+def _places(offsets: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + size) for start, size in zip(offsets, shape, strict=True))
 
 
 def _check_config(model: "Transformer", config: TransformerConfig, where: Path) -> None:

@@ -110,6 +110,7 @@ def _standard(folder: Path, config: Mapping[str, Any], where: Path) -> _Parts:
         "vocab_size": transformer.vocab_size,
         "transformer": asdict(transformer),
     }
+    architecture["transformer"].pop("activation_checkpointing")  # no part of an architecture
     if options is not None:
         architecture["moe"] = asdict(MoEConfig(**options))
         for name in ("auxiliary_loss", "z_loss"):  # no part of an architecture

@@ -1,6 +1,6 @@
 """The memory layer: query -> product keys -> read -> gate -> projection."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,7 +13,6 @@ from memlm.memory.pool import MemoryPool
 from memlm.memory.product_keys import ProductKeys
 from memlm.memory.query import QueryNetwork
 from memlm.memory.tucker import TuckerKeys
-from memlm.memory.value_expansion import expanded_read
 
 if TYPE_CHECKING:
     from memlm.memory.config import MemoryConfig
@@ -74,35 +73,53 @@ class MemoryLayer(nn.Module):
         dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
         return slots, scores.softmax(dim=-1, dtype=dtype)
 
-    def forward(self, hidden: Tensor, pools: Sequence[MemoryPool], inputs: Inputs | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        pools: Sequence[MemoryPool],
+        inputs: Inputs | None = None,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Read.
+
+        Where the pools' columns lie on several ranks, what needs no read is calculated while slots, weights
+        and answers are on their way: ``beside`` first, since slots and weights are most of it.
 
         Args:
             hidden: ``[B, T, D]``, already normalised.
             pools: The pool of values ``[S, V]``, and that of pre-values ``[S, D]`` if there are any.
             inputs: Not looked at.
+            beside: What else is to be calculated of ``hidden``.
 
         Returns:
-            ``[B, T, D]``.
+            ``[B, T, D]``; and what ``beside`` gives, if there is one.
         """
         values, *down = pools
         tokens = hidden.flatten(0, -2)
         slots, weights = (part.flatten(1) for part in self.address(tokens))
-        rows = slots if self.value_expansion == 1 else slots % values.slots
-        if self.activation is not None:
-            (pre_values,) = down
-            weights = weights * self.activation(pre_values.dot(rows, tokens))
-        if self.value_expansion == 1:
-            output = values.read(rows, weights)
+        sent = values.send(slots, self.value_expansion)
+        if self.activation is None:
+            first = values.start_read(sent, weights)
         else:
-            output = expanded_read(values, rows, weights, slots // values.slots, self.value_expansion)
-        if self.gate is not None:
-            gate = F.silu(self.gate(tokens))
+            (pre_values,) = down
+            first = pre_values.start_dot(sent, tokens)
+        other = None
+        if beside is not None:
+            other = beside(hidden)
+            first.advance()
+        gate = None if self.gate is None else F.silu(self.gate(tokens))
+        output = first.finish()
+        if self.activation is not None:
+            output = values.start_read(sent, weights * self.activation(output)).finish()
+        if self.value_expansion > 1:
+            output = output.unflatten(0, (len(tokens), self.value_expansion))
+        if gate is not None:
             output = output * (gate if self.value_expansion == 1 else gate.unsqueeze(1))
         output = output.flatten(1).to(hidden.dtype)
         if self.projection is not None:
             output = self.projection(output)
-        return output.view_as(hidden)
+        output = output.view_as(hidden)
+        return output if other is None else (output, other)
 
     def flops(self, sequence_length: int) -> Flops:
         """See :class:`memlm.cost.Layer`.

@@ -3,15 +3,18 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from memlm.kernels import operators
 from memlm.kernels.checks import check_dot, check_read
+from memlm.kernels.interface import slot_dtype
+from memlm.memory.exchange import Alone, Arriving, Exchange, Pending, Sent
 from memlm.memory.file_rows import FileRows
 from memlm.memory.row_gradient import RowGradient
+from memlm.memory.value_expansion import expanded
 
 _DRAWN_AT_ONCE = 1 << 22
 """Elements of the initial values; 16 rows or a multiple of them, for torch draws numbers by 16."""
@@ -31,29 +34,6 @@ def values_without_memory() -> Iterator[None]:
 
 Operator = Callable[[Tensor, Tensor, Tensor, str, int, bool], Tensor]
 """``memlm::read`` or ``memlm::dot``."""
-
-
-class Exchange(Protocol):
-    """What ranks that hold columns of one table send each other; see :mod:`memlm.parallel.group_exchange`."""
-
-    size: int
-    rank: int
-
-    def gather(self, x: Tensor) -> Tensor:
-        """``[N, ...]`` to those of all ranks ``[G * N, ...]``."""
-        ...
-
-    def columns_to_tokens(self, x: Tensor) -> Tensor:
-        """``[G * N, V / G]`` to ``[N, V]``."""
-        ...
-
-    def tokens_to_columns(self, x: Tensor) -> Tensor:
-        """``[N, V]`` to ``[G * N, V / G]``."""
-        ...
-
-    def sum_to_tokens(self, x: Tensor) -> Tensor:
-        """``[G * N, ...]`` to ``[N, ...]``, summed over the ranks."""
-        ...
 
 
 class MemoryPool(nn.Module):
@@ -149,15 +129,7 @@ class MemoryPool(nn.Module):
                 finite are found on a CPU, and on other devices only if ``MEMLM_DEBUG`` is 1, since looking
                 waits for the device.
         """
-        check_read(self.values, slots, weights)
-        if self.observers:
-            self._observe(slots.detach(), weights.detach())
-        exchange = self.exchange
-        if exchange is None:
-            return self._apply_operator(operators.read, slots, weights)
-        return exchange.columns_to_tokens(
-            self._apply_operator(operators.read, exchange.gather(slots), exchange.gather(weights))
-        )
+        return self.start_read(self.send(slots), weights).finish()
 
     def dot(self, slots: Tensor, hidden: Tensor) -> Tensor:
         """Dot product of each token with each of the rows that it reads.
@@ -172,15 +144,68 @@ class MemoryPool(nn.Module):
         Raises:
             ValueError: As for :meth:`read`, of hidden states instead of weights.
         """
-        check_dot(self.values, slots, hidden)
+        return self.start_dot(self.send(slots), hidden).finish()
+
+    def send(self, slots: Tensor, expansion: int = 1) -> Sent:
+        """Begin to send slots to the ranks that hold other columns.
+
+        Args:
+            slots: ``[N, L]`` int32 or int64, each in ``[0, E * S)``. What is sent serves all pools of as many
+                slots over the same ranks.
+            expansion: ``E``, virtual tables; see :mod:`memlm.memory.value_expansion`.
+        """
+        if self.exchange is None:
+            return Sent(slots, Alone().gather(slots), self.slots, expansion)
+        arriving = self.exchange.gather(slots.to(slot_dtype(self.slots * expansion)))
+        return Sent(slots, arriving, self.slots, expansion)
+
+    def start_read(self, slots: Sent, weights: Tensor) -> Pending:
+        """Begin a :meth:`read`; until its end there is time for other work.
+
+        Args:
+            slots: Of :meth:`send`.
+            weights: As for :meth:`read`.
+
+        Returns:
+            Of ``[N * E, V]``; the virtual tables of a token are neighbours.
+
+        Raises:
+            ValueError: As :meth:`read`.
+        """
+        check_read(self.values, slots.rows_of(slots.own), weights)
         if self.observers:
-            self._observe(slots, torch.ones(slots.shape, dtype=torch.float32, device=slots.device))
-        exchange = self.exchange
-        if exchange is None:
-            return self._apply_operator(operators.dot, slots, hidden)
-        return exchange.sum_to_tokens(
-            self._apply_operator(operators.dot, exchange.gather(slots), exchange.tokens_to_columns(hidden))
-        )
+            self._observe(*expanded(slots.own, weights.detach(), self.slots, slots.expansion))
+        exchange = self.exchange or Alone()
+        factors = exchange.gather(weights)
+
+        def answer() -> Arriving:
+            reads = expanded(slots.of_all(), factors(), self.slots, slots.expansion)
+            return exchange.columns_to_tokens(self._apply_operator(operators.read, *reads))
+
+        return Pending(answer)
+
+    def start_dot(self, slots: Sent, hidden: Tensor) -> Pending:
+        """Begin a :meth:`dot`; until its end there is time for other work.
+
+        Args:
+            slots: Of :meth:`send`; of virtual tables' the rows count.
+            hidden: As for :meth:`dot`.
+
+        Raises:
+            ValueError: As :meth:`dot`.
+        """
+        rows = slots.rows_of(slots.own)
+        check_dot(self.values, rows, hidden)
+        if self.observers:
+            self._observe(rows, torch.ones(rows.shape, dtype=torch.float32, device=rows.device))
+        exchange = self.exchange or Alone()
+        factors = exchange.tokens_to_columns(hidden)
+
+        def answer() -> Arriving:
+            products = self._apply_operator(operators.dot, slots.rows_of(slots.of_all()), factors())
+            return exchange.sum_to_tokens(products)
+
+        return Pending(answer)
 
     @torch.compiler.disable
     def _observe(self, slots: Tensor, weights: Tensor) -> None:
@@ -205,6 +230,10 @@ class MemoryPool(nn.Module):
     def _apply_outside(self, operator: Operator, slots: Tensor, factors: Tensor) -> Tensor:
         """A compiler would drop the backward pass of an operator of which it needs no gradient."""
         return operator(self.table, slots, factors, self.gradient.kernels, self.gradient.number, False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MemoryPool":
+        """``module.to(...)`` and the like: a part of a table stays where it was placed, in its dtype."""
+        return self if self.exchange is not None else super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         return f"slots={self.slots}, value_dim={self.value_dim}, dtype={self.values.dtype}"

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 
 from memlm.kernels import cpu_quantised
 from memlm.kernels.checks import check_dot, check_read
+from memlm.memory.exchange import Alone, Pending, Sent
 from memlm.memory.file_rows import FileRows
 from memlm.memory.pool import MemoryPool
+from memlm.memory.value_expansion import expanded
 
 Format = Literal["float32", "bfloat16", "int8", "fp8"]
 """How the values of a pool are held; fp8 is float8_e4m3fn."""
@@ -140,6 +142,20 @@ class QuantisedPool(nn.Module):
         for observe in self.observers:
             observe(slots, torch.ones(slots.shape, dtype=torch.float32, device=slots.device))
         return self._by_device(cpu_quantised.dots, _dots, slots, hidden)
+
+    def send(self, slots: Tensor, expansion: int = 1) -> Sent:
+        """As :meth:`MemoryPool.send`; there is nobody to send to."""
+        return Sent(slots, Alone().gather(slots), self.slots, expansion)
+
+    def start_read(self, slots: Sent, weights: Tensor) -> Pending:
+        """As :meth:`MemoryPool.start_read`."""
+        answer = self.read(*expanded(slots.own, weights, self.slots, slots.expansion))
+        return Pending(lambda: Alone().gather(answer))
+
+    def start_dot(self, slots: Sent, hidden: Tensor) -> Pending:
+        """As :meth:`MemoryPool.start_dot`."""
+        answer = self.dot(slots.rows_of(slots.own), hidden)
+        return Pending(lambda: Alone().gather(answer))
 
     def _by_device(self, on_cpu: "_Operation", elsewhere: "_Operation", slots: Tensor, x: Tensor) -> Tensor:
         if self.file_rows is not None:

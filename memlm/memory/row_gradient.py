@@ -28,7 +28,10 @@ class Merging(Protocol):
         ...
 
     def merge(self, own: RowSums | None) -> RowSums:
-        """What the optimizer is to apply on this rank, of what each rank's reads sum up to."""
+        """What the optimizer is to apply on this rank, of what each rank's reads sum up to.
+
+        Takes ``own`` for itself: it may be overwritten.
+        """
         ...
 
     def sum_over_owners(self, x: Tensor) -> Tensor:
@@ -148,6 +151,7 @@ class RowGradient:
             return self.compact()
         if self._final is None:
             self._final = self.merging.merge(self.compact())
+            self._compact = None  # overwritten, it may be
         return self._final
 
     def _as_reads(self, sums: RowSums) -> tuple[Tensor, Tensor, Tensor | int, Tensor]:

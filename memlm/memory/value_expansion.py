@@ -6,11 +6,9 @@ Ultra-Sparse Memory Network (arXiv 2411.12364), section 3.3.
 import torch
 from torch import Tensor
 
-from memlm.memory.pool import MemoryPool
 
-
-def expanded_read(pool: MemoryPool, rows: Tensor, weights: Tensor, tables: Tensor, count: int) -> Tensor:
-    """A weighted read for each of the virtual tables.
+def expanded(slots: Tensor, weights: Tensor, rows: int, count: int) -> tuple[Tensor, Tensor]:
+    """The weighted reads of each of the virtual tables.
 
     Virtual slot ``s + e * S`` is row ``s``, multiplied by a matrix ``W_e``. Since the sum over reads and the
     matrices commute, ``sum of w * W_e v = sum over e of W_e (sum of w * v over the reads of table e)``: the
@@ -24,16 +22,16 @@ def expanded_read(pool: MemoryPool, rows: Tensor, weights: Tensor, tables: Tenso
     The paper shuffles the virtual slots; here table ``e`` is a contiguous part of the grid of keys.
 
     Args:
-        pool: ``[S, V]``, the table.
-        rows: ``[N, L]`` in ``[0, S)``.
+        slots: ``[N, L]`` in ``[0, E * S)``.
         weights: ``[N, L]``.
-        tables: ``[N, L]`` in ``[0, E)``, the virtual table of each read.
-        count: ``E``.
+        rows: ``S``, of the table that is stored.
+        count: ``E``; with 1, reads are as they are.
 
     Returns:
-        ``[N, E, V]``.
+        Rows ``[N * E, L]`` and their weights.
     """
-    own = tables.unsqueeze(1) == torch.arange(count, device=tables.device).view(1, count, 1)
+    if count == 1:
+        return slots, weights
+    own = (slots // rows).unsqueeze(1) == torch.arange(count, device=slots.device).view(1, count, 1)
     parts = torch.where(own, weights.unsqueeze(1), 0.0).flatten(0, 1)
-    read = pool.read(rows.repeat_interleave(count, 0), parts)
-    return read.unflatten(0, (rows.shape[0], count))
+    return (slots % rows).repeat_interleave(count, 0), parts

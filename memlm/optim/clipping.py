@@ -27,13 +27,10 @@ def clip_gradients(optimizer: MemoryAdamW, max_norm: float | None) -> dict[str, 
     """
     norms: dict[str, Tensor] = {}
     together, joined = [], []
-    dense = [
-        p for g in optimizer.param_groups if g["kind"] == "dense" for p in g["params"] if p.grad is not None
-    ]
-    if dense:
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in dense])
-        norms["dense"] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        together.append(norms["dense"])
+    dense = optimizer.dense_norm()
+    if dense is not None:
+        norms["dense"] = dense
+        together.append(dense)
     for group in optimizer.param_groups:
         if group["kind"] != "memory":
             continue
@@ -52,7 +49,7 @@ def clip_gradients(optimizer: MemoryAdamW, max_norm: float | None) -> dict[str, 
         norms["global"] = torch.linalg.vector_norm(torch.stack(together))
     if max_norm and together:
         total = norms["global"] if joined else norms["dense"]
-        torch.nn.utils.clip_grads_with_norm_(dense, max_norm, total)
+        optimizer.clip_dense(max_norm, total)
         for gradient in joined:
             gradient.scale_(_factor(total, max_norm))
     return norms

@@ -19,6 +19,7 @@ def configure(
     dense: OptimizerConfig,
     values: ValuesOptimizerConfig | None,
     max_steps: int,
+    kind: type[MemoryAdamW] = MemoryAdamW,
 ) -> tuple[MemoryAdamW, Schedule]:
     """A MemoryAdamW whose groups have the options given, and its schedule.
 
@@ -28,6 +29,7 @@ def configure(
         dense: Options of all other parameters.
         values: Options of the value tables; None only if there are none.
         max_steps: Optimizer steps of the whole run.
+        kind: The optimizer's class.
     """
     groups, schedules = [], []
     for name, parameters in assign(named_parameters).items():
@@ -53,7 +55,7 @@ def configure(
         and not any(table.dtype == torch.bfloat16 for table in row_gradients)
     ):
         rank_zero_warn("model.values_optimizer.rounding is master, which does nothing: no values are bf16")
-    optimizer = MemoryAdamW(groups, row_gradients)
+    optimizer = kind(groups, row_gradients)
     if any(schedule.warmup_steps >= max_steps for schedule in schedules):
         rank_zero_warn(f"trainer.max_steps is {max_steps}: the run ends during a schedule's warm-up")
     return optimizer, Schedule(optimizer, schedules, max_steps)

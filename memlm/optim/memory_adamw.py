@@ -10,6 +10,7 @@ from torch.optim.adamw import adamw
 from memlm.kernels.backend import select
 from memlm.kernels.interface import RowState, RowSums, RowUpdate, slot_dtype
 from memlm.memory import RowGradient
+from memlm.optim.meshes import by_mesh
 from memlm.optim.row_state import (
     OptimizerStateError,
     add_decay,
@@ -100,15 +101,18 @@ class MemoryAdamW(torch.optim.Optimizer):
                     seed = group["seed"] + len(self._seeds) * 0x9E3779B97F4A7C15
                     self._seeds[parameter] = seed % 2**63
                 elif group["kind"] == "dense":
-                    # The fused kernel wants the step on the parameter's device.
-                    step_device = parameter.device if _fusible(parameter) else torch.device("cpu")
-                    self.state[parameter] = {
-                        "step": torch.tensor(0.0, device=step_device),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
+                    self.state[parameter] = self._new_dense_state(parameter)
                 else:
                     raise ValueError(f"unknown kind of parameter group: {group['kind']!r}")
+
+    def _new_dense_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        # The fused kernel wants the step on the parameter's device.
+        step_device = parameter.device if _fusible(parameter) else torch.device("cpu")
+        return {
+            "step": torch.tensor(0.0, device=step_device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
     def row_gradients(self, group: dict[str, Any]) -> list[RowGradient]:
         """The row gradients of a memory group's parameters."""
@@ -129,6 +133,24 @@ class MemoryAdamW(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         for gradient in self._row_gradients.values():
             gradient.clear()
+
+    @torch.no_grad()
+    def dense_norm(self) -> Tensor | None:
+        """Norm of all dense gradients together, None if there are none."""
+        of_meshes = [_norm(parameters) for parameters in by_mesh(self._with_gradient())]
+        if len(of_meshes) < 2:
+            return of_meshes[0] if of_meshes else None
+        return torch.linalg.vector_norm(torch.stack(of_meshes))
+
+    @torch.no_grad()
+    def clip_dense(self, max_norm: float, total: Tensor) -> None:
+        """Scale the dense gradients down by what ``total``, a norm, is above a limit."""
+        for parameters in by_mesh(self._with_gradient()):
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+
+    def _with_gradient(self) -> list[nn.Parameter]:
+        dense = (p for group in self.param_groups if group["kind"] == "dense" for p in group["params"])
+        return [parameter for parameter in dense if parameter.grad is not None]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -182,10 +204,9 @@ class MemoryAdamW(torch.optim.Optimizer):
 
     def _step_dense(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        for fused in (True, False):
-            part = [parameter for parameter in parameters if _fusible(parameter) == fused]
-            if not part:
-                continue
+        fusible = [p for p in parameters if _fusible(p)]
+        others = [p for p in parameters if not _fusible(p)]
+        for part in (*by_mesh(fusible), *by_mesh(others)):
             states = [self.state[parameter] for parameter in part]
             adamw(
                 part,
@@ -194,7 +215,7 @@ class MemoryAdamW(torch.optim.Optimizer):
                 [state["exp_avg_sq"] for state in states],
                 [],
                 [state["step"] for state in states],
-                fused=fused,
+                fused=_fusible(part[0]),
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
@@ -266,6 +287,12 @@ class MemoryAdamW(torch.optim.Optimizer):
 
 def _fusible(parameter: Tensor) -> bool:
     return parameter.device.type in ("cpu", "cuda") and parameter.is_floating_point()
+
+
+def _norm(parameters: list[Tensor]) -> Tensor:
+    """Of the gradients of parameters on one mesh."""
+    norm = torch.nn.utils.get_total_norm([_gradient(parameter) for parameter in parameters])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def _gradient(parameter: Tensor) -> Tensor:

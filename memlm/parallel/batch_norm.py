@@ -36,7 +36,8 @@ class SyncedBatchNorm(nn.BatchNorm1d):
         mean = _SumOverRanks.apply(wide.sum(0)) / count
         centred = wide - mean
         variance = _SumOverRanks.apply(centred.square().sum(0)) / count
-        self._keep(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        if self.num_batches_tracked is not None:  # it is where activation checkpointing computes all again
+            self._keep(mean.detach(), variance.detach() * count / max(count - 1, 1))
         normed = centred * (variance + self.eps).rsqrt()
         return (normed * self.weight + self.bias).to(x.dtype)
 

@@ -5,9 +5,10 @@ of a reader however many ranks wrote them, and all else in ``meta.pt``. Any numb
 size, reads what it needs; so does one process without a process group.
 """
 
+import io
 import os
-import warnings
-from collections.abc import Iterable, Mapping
+import pickle
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -24,7 +24,7 @@ from memlm.errors import CheckpointError
 from memlm.optim import MemoryAdamW
 from memlm.optim.row_state import OptimizerStateError, check_saved, load_saved, owe_from_now
 from memlm.parallel.folder_swap import fresh_beside, put_in_place
-from memlm.parallel.sharded_checkpoint import read_metadata
+from memlm.parallel.sharded_checkpoint import read_tensors
 
 META = "meta.pt"
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_0.state."
@@ -56,24 +56,81 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     Args:
         checkpoint: Lightning's, with ``state_dict`` and ``optimizer_states`` of this rank's tensors.
         path: Of the folder; the same on all ranks. What has that name is replaced.
+
+    Raises:
+        CheckpointError: Some rank could not write; on all ranks. What had that name still has.
     """
-    first = dist.get_rank() == 0
-    tensors = {WEIGHTS + name: tensor for name, tensor in checkpoint["state_dict"].items()}
-    meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-    for optimizer in checkpoint.get("optimizer_states", ()):
-        meta[GROUPS] = optimizer["param_groups"]
-        for name, state in optimizer["state"].items():
-            tensors |= {f"{OPTIMIZER}{name}.{kind}": tensor for kind, tensor in state.items()}
-    folder = fresh_beside(path) if first else path.with_name(f".{path.name}.tmp")
-    dist.barrier()
-    dcp.save(tensors, checkpoint_id=folder)
-    if first:
-        with open(folder / META, "wb") as file:
-            torch.save(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(folder, path)
-    dist.barrier()
+    Snapshot(checkpoint).write(path)
+
+
+class Snapshot:
+    """This rank's part of a checkpoint, ready to be written.
+
+    Args:
+        checkpoint: See :func:`save`.
+        copy: Whether to copy its tensors to the CPU, so that training may change them before they are
+            written. That takes as much memory as this rank's parameters and optimizer state do.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any], copy: bool = False) -> None:
+        self.tensors = {WEIGHTS + name: tensor for name, tensor in checkpoint["state_dict"].items()}
+        meta = {k: value for k, value in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            meta[GROUPS] = optimizer["param_groups"]
+            for name, state in optimizer["state"].items():
+                self.tensors |= {f"{OPTIMIZER}{name}.{kind}": tensor for kind, tensor in state.items()}
+        if copy:
+            self.tensors = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()
+            }
+        self._meta = io.BytesIO()
+        if dist.get_rank() == 0:
+            torch.save(meta, self._meta)
+
+    def write(self, path: Path, group: dist.ProcessGroup | None = None) -> None:
+        """Write it, and put it in place when all ranks have written; all ranks must call this.
+
+        Args:
+            path: See :func:`save`.
+            group: Of all ranks, over which they agree; default: that of training. Another thread than that of
+                training needs a group of its own.
+
+        Raises:
+            CheckpointError: See :func:`save`.
+        """
+        folder = path.with_name(f".{path.name}.tmp")
+        _on_first_rank(lambda: fresh_beside(path), path, group)
+        try:
+            dcp.save(self.tensors, checkpoint_id=folder, process_group=group)
+        except CheckpointException as error:  # no Exception, though what has failed is one
+            rank, (reason, _) = next(iter(error.failures.items()))
+            raise CheckpointError(path, f"cannot be written: rank {rank}: {_line(reason)}") from error
+
+        def put() -> None:
+            with open(folder / META, "wb") as file:
+                file.write(self._meta.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(folder, path)
+
+        _on_first_rank(put, path, group)
+
+
+def _on_first_rank(action: Callable[[], Any], path: Path, group: dist.ProcessGroup | None) -> None:
+    """Do something with files on rank 0, for which all ranks wait; they fail together."""
+    failure: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = [_line(error)]
+    dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise CheckpointError(path, f"cannot be written: {failure[0]}")
+
+
+def _line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def save_file(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -168,8 +225,8 @@ def read_whole(path: Path, weights_only: bool = True, optimizer: bool = True) ->
     folder = _Folder(path, weights_only)
     wanted = (WEIGHTS, OPTIMIZER) if optimizer else (WEIGHTS,)
     tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in folder.entries.items()
+        name: torch.empty(stored.shape, dtype=stored.dtype)
+        for name, stored in folder.tensors.items()
         if name.startswith(wanted)
     }
     folder.fill(tensors)
@@ -193,23 +250,16 @@ class _Folder:
         self.path = path
         try:
             self.meta = torch.load(path / META, map_location="cpu", weights_only=weights_only)
-            # Before torch's own reader, which would run what code the file names.
-            stored = read_metadata(path).state_dict_metadata
-        except (OSError, RuntimeError, EOFError, CheckpointException) as error:
-            raise CheckpointError(path, f"is damaged: {str(error).splitlines()[0]}") from error
-        self.entries = {k: entry for k, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
-        self.shapes = {name: entry.size for name, entry in self.entries.items()}
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(path, f"is damaged: {_line(error)}") from error
+        self.tensors = read_tensors(path)
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def fill(self, targets: dict[str, Tensor]) -> None:
-        """Copy into tensors, of a DTensor into this rank's part."""
-        try:
-            with warnings.catch_warnings():
-                # That there is no process group is no mistake.
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(targets, checkpoint_id=self.path, no_dist=not dist.is_initialized())
-        except CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
-            raise CheckpointError(self.path, f"is damaged: {str(reason).splitlines()[0]}") from error
+        """Copy into tensors, of a DTensor into this rank's part, a few megabytes at a time."""
+        for name, target in targets.items():
+            part, offsets = own_part(target)
+            self.tensors[name].fill(part, offsets)
 
 
 class _File:
@@ -235,20 +285,20 @@ class _File:
     def fill(self, targets: dict[str, Tensor]) -> None:
         """Copy into tensors, of a DTensor into this rank's part."""
         for name, target in targets.items():
-            _copy_part(self.tensors[name], target)
+            part, offsets = own_part(target)
+            whole = self.tensors[name]
+            for dim, (start, length) in enumerate(zip(offsets, part.shape, strict=True)):
+                whole = whole.narrow(dim, min(start, whole.shape[dim]), length)
+            part.copy_(whole)
 
 
-def _copy_part(whole: Tensor, target: Tensor) -> None:
+def own_part(target: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """What this rank holds of a tensor, and where in it that begins."""
     if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    shape, offsets = compute_local_shape_and_global_offset(
-        target.shape, target.device_mesh, target.placements
-    )
-    part = whole
-    for dim, (start, length) in enumerate(zip(offsets, shape, strict=True)):
-        part = part.narrow(dim, min(start, whole.shape[dim]), length)
-    target.to_local().copy_(part)
+        return target, (0,) * target.ndim
+    mesh, placements = target.device_mesh, target.placements
+    shape, offsets = compute_local_shape_and_global_offset(target.shape, mesh, placements)
+    return target.to_local()[tuple(map(slice, shape))], tuple(offsets)
 
 
 def by_number(state: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Splits the value tables of a model over a memory group, and the rest over all ranks."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from memlm.errors import ConfigError
 from memlm.memory import MemoryPool
 from memlm.parallel.batch_norm import synchronise
 from memlm.parallel.dense_split import split_dimension
-from memlm.parallel.expert_split import ExpertMesh, check_experts
+from memlm.parallel.expert_split import EXPERT_KEY, ExpertMesh, check_experts
 from memlm.parallel.group_exchange import GroupExchange
 from memlm.parallel.mesh import MemoryMesh
 from memlm.parallel.row_exchange import RowExchange
@@ -43,7 +43,7 @@ def place(
     dtype: torch.dtype | None = None,
     shard_dense: bool = True,
     expert_group: int = 1,
-    expert_key: str = EXPERT_KEY,
+    wire_dtype: torch.dtype | None = None,
 ) -> None:
     """Give each rank its part of a model, in place.
 
@@ -56,10 +56,16 @@ def place(
         shard_dense: Whether the other parameters are split over all ranks (FSDP2).
         expert_group: Ranks that share one copy of the experts, each with some of them; goes with
             ``shard_dense``.
+        wire_dtype: What the memory's wider floating-point numbers travel as; default: as they are.
+
+    Raises:
+        ConfigError: See :func:`memlm.parallel.expert_split.check_experts`.
     """
+    check_experts(model, mesh.mesh.size(), expert_group, EXPERT_KEY)
     pools = cast(dict[str, MemoryPool], dict(model.pools.items()))
     for pool in pools.values():
         _split(pool, mesh, device, dtype)
+        _connect(pool, mesh, wire_dtype)
     model.to(device)
     if model.drawn_from is not None:
         with torch.random.fork_rng(devices=()):
@@ -70,7 +76,7 @@ def place(
         model.to(dtype)
     synchronise(model)
     if shard_dense:
-        _shard(model, mesh.mesh, [pool.values for pool in pools.values()])
+        _shard(model, mesh.mesh, [pool.values for pool in pools.values()], expert_group)
 
 
 def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -91,18 +97,29 @@ def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device, dtype: torc
         stride=(pool.value_dim, 1),
     )
     pool.values = nn.Parameter(whole, requires_grad=values.requires_grad)
-    pool.exchange = GroupExchange(mesh.group)
-    pool.gradient.merging = RowExchange(pool.table.detach(), mesh, pool.gradient.kernels)
 
 
-def _shard(model: Transformer, mesh: DeviceMesh, tables: list[nn.Parameter]) -> None:
-    """Split all but the value tables over all ranks by FSDP2, a block at a time."""
+def _connect(pool: MemoryPool, mesh: MemoryMesh, wire_dtype: torch.dtype | None) -> None:
+    """Let it read what other ranks hold, and send them its rows' gradients."""
+    pool.exchange = GroupExchange(mesh.group, wire_dtype)
+    table, kernels = pool.table.detach(), pool.gradient.kernels
+    pool.gradient.merging = RowExchange(table, mesh, kernels, wire_dtype=wire_dtype)
+
+
+def _shard(model: Transformer, mesh: DeviceMesh, tables: list[nn.Parameter], expert_group: int) -> None:
+    """Split all but the value tables over all ranks by FSDP2, a block at a time; experts over groups."""
     ranks = mesh._flatten("ranks") if mesh.ndim > 1 else mesh
     ignored = set(tables)
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(split_dimension(parameter.shape, ranks.size()))
 
+    of_blocks: Any = placement
+    if expert_group > 1:
+        experts = ExpertMesh(mesh.device_type, ranks.size(), expert_group)
+        for layer in model.experts.values():
+            experts.split(layer)
+        of_blocks = experts.placement(placement)
     for block in model.blocks:
-        fully_shard(block, mesh=ranks, shard_placement_fn=placement)
+        fully_shard(block, mesh=ranks, shard_placement_fn=of_blocks)
     fully_shard(model, mesh=ranks, ignored_params=ignored, shard_placement_fn=placement)

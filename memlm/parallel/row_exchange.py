@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from memlm.kernels.backend import select
 from memlm.kernels.interface import RowSums, slot_dtype
+from memlm.parallel.group_exchange import narrowed
 from memlm.parallel.mesh import MemoryMesh
 
 _ELEMENTS_AT_ONCE = 1 << 22
@@ -42,6 +43,7 @@ class RowExchange:
             are sent; the same on all ranks.
         share_whole_above: Share of an owner's rows that it updates, above which in one of them all rows are
             shared.
+        wire_dtype: What sums travel to their owners as, which adds them up in fp32; default: fp32.
 
     Attributes:
         first: The first row that this rank owns.
@@ -57,8 +59,9 @@ class RowExchange:
         kernels: str,
         merge_whole_above: float = MERGE_WHOLE_ABOVE,
         share_whole_above: float = SHARE_WHOLE_ABOVE,
+        wire_dtype: torch.dtype | None = None,
     ) -> None:
-        self.table, self.mesh, self.kernels = table, mesh, kernels
+        self.table, self.mesh, self.kernels, self.wire_dtype = table, mesh, kernels, wire_dtype
         self.merge_whole_above, self.share_whole_above = merge_whole_above, share_whole_above
         self.group, self.replicas = mesh.group, mesh.replicas
         slots, width = table.shape
@@ -85,7 +88,7 @@ class RowExchange:
         Every rank must call this, whether it has read anything or not.
 
         Args:
-            own: What this rank's group has summed; None for nothing.
+            own: What this rank's group has summed, which may be overwritten; None for nothing.
 
         Returns:
             Rows counted from :attr:`first`; ``sums`` of this rank's columns, ``squares`` of all columns.
@@ -94,9 +97,8 @@ class RowExchange:
         ranks = self.split * self.replicas.size()
         if self.replicas.size() > 1:
             rows, sums = self._to_owners(rows, sums)
+        if ranks > 1:
             sums /= ranks
-        elif ranks > 1:
-            sums = sums / ranks
         squares = sums.new_empty(len(sums))
         for part, of_part in zip(sums.split(self._at_once), squares.split(self._at_once), strict=True):
             torch.sum(part.square(), -1, out=of_part)
@@ -117,7 +119,7 @@ class RowExchange:
         if max(updated) > self.share_whole_above * self.block:
             self._share_blocks()
         else:
-            self._share_rows(rows.long() + self.first, updated)
+            self._share_rows((rows + self.first).to(slot_dtype(len(self.table))), updated)
 
     def sum_over_owners(self, x: Tensor) -> Tensor:
         """Sum over the replicas of a scalar of their own rows."""
@@ -126,6 +128,9 @@ class RowExchange:
         return x
 
     # -- helpers
+
+    def _on_the_wire(self, sums: Tensor) -> Tensor:
+        return sums if self.wire_dtype is None else narrowed(sums, self.wire_dtype)
 
     @property
     def _at_once(self) -> int:
@@ -197,7 +202,8 @@ class RowExchange:
             mine = [slice(of_block[turn], of_block[turn + 1]) for of_block in places]
             whole = len(sizes) == 1
             numbers = self._swapped(rows if whole else torch.cat([rows[part] for part in mine]), taken, given)
-            values = self._swapped(sums if whole else torch.cat([sums[part] for part in mine]), taken, given)
+            parts = sums if whole else torch.cat([sums[part] for part in mine])
+            values = self._swapped(self._on_the_wire(parts), taken, given)
             ones = torch.ones(len(numbers), dtype=sums.dtype, device=sums.device)
             numbers = numbers - (self.first + start)
             yield start, self._counted(backend.row_sums(numbers, ones, 1, values, size))
@@ -206,7 +212,7 @@ class RowExchange:
         """The touched rows of this rank's block, and their sums, where all rows are sent, touched or not."""
         size = min(self._at_once, self.block)
         places = self._ends(rows, size).tolist()
-        given = sums.new_empty(len(places), size, sums.shape[1])
+        given = self._on_the_wire(sums[:0]).new_empty(len(places), size, sums.shape[1])
         taken = torch.empty_like(given)
         flags = torch.empty(len(places), size, dtype=torch.uint8, device=sums.device)
         numbers, total, filled = rows.new_empty(self.rows), sums.new_empty(self.rows, sums.shape[1]), 0
@@ -219,7 +225,7 @@ class RowExchange:
                 flags[owner].index_fill_(0, stretch, 1)
                 if len(stretch) < size:
                     given[owner].zero_()
-                given[owner].index_copy_(0, stretch, sums[mine])
+                given[owner].index_copy_(0, stretch, self._on_the_wire(sums[mine]))
             dist.all_to_all_single(taken, given, group=self.replicas)
             touched = self._swapped(flags).amax(0).nonzero().flatten()
             end = filled + len(touched)
@@ -232,6 +238,7 @@ class RowExchange:
     def _add_up(parts: Tensor, rows: Tensor, out: Tensor) -> None:
         """Sums of those rows of each replica's part, in the order of the ranks, as the kernels add."""
         total, *others = parts
+        total = total.to(out.dtype)
         for other in others:
             total += other
         torch.index_select(total, 0, rows, out=out)
@@ -259,4 +266,4 @@ class RowExchange:
             numbers[: len(mine)] = mine
             values = self._of_all(self.table[numbers])
             for size, taken, new in zip(sizes, self._of_all(numbers), values, strict=True):
-                self.table.index_copy_(0, taken[:size], new[:size])
+                self.table.index_copy_(0, taken[:size].long(), new[:size])

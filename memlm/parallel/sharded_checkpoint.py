@@ -3,7 +3,7 @@
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 from memlm.errors import CheckpointError
 
 METADATA = ".metadata"
+
+_READ_AT_ONCE = 1 << 23
+"""Bytes."""
 
 # All that the metadata of torch.distributed.checkpoint consist of. An unpickler that finds any other name
 # would run whatever the file says.
@@ -165,6 +168,39 @@ class StoredTensor:
         step = max(1, size // row)
         for start in range(0, self.shape[0], step):
             yield self._rows(start, min(start + step, self.shape[0]))
+
+    def fill(self, target: Tensor, offsets: Sequence[int]) -> None:
+        """Copy a block of it, a few megabytes at a time; parts that the block does not meet are not read.
+
+        Args:
+            target: As large as the block; of any device and dtype.
+            offsets: Where the block begins, in each dimension.
+        """
+        if not self.shape:
+            target.copy_(self.parts[0].rows(0, 1, self.dtype))
+            return
+        for part in self.parts:
+            block = [
+                (max(first, own), min(first + size, own + own_size))
+                for first, size, own, own_size in zip(
+                    offsets, target.shape, part.offsets, part.sizes, strict=True
+                )
+            ]
+            if any(low >= high for low, high in block):
+                continue
+            columns = [
+                slice(low - own, high - own) for (low, high), own in zip(block, part.offsets, strict=True)
+            ]
+            place = [
+                slice(low - first, high - first) for (low, high), first in zip(block, offsets, strict=True)
+            ]
+            row = max(1, torch.Size(part.sizes[1:]).numel() * self.dtype.itemsize)
+            step = max(1, _READ_AT_ONCE // row)
+            for start in range(columns[0].start, columns[0].stop, step):
+                end = min(start + step, columns[0].stop)
+                shift = place[0].start - columns[0].start
+                rows = part.rows(start, end, self.dtype)[(slice(None), *columns[1:])]
+                target[(slice(start + shift, end + shift), *place[1:])].copy_(rows)
 
     def _rows(self, start: int, end: int) -> Tensor:
         result = torch.empty(end - start, *self.shape[1:], dtype=self.dtype)

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from memlm.kernels.interface import slot_dtype
 from memlm.memory import MemoryLayer, MemoryPool
 from memlm.parallel.dense_split import share
+from memlm.parallel.expert_split import split_experts
+from memlm.parallel.expert_traffic import Routed, expert_matrices, expert_rows
 from memlm.parallel.row_exchange import MERGE_WHOLE_ABOVE, SHARE_WHOLE_ABOVE
 from memlm.rank_memory import Mesh, reads_per_token
 from memlm.transformer import Block, Transformer
 
-_SHARED_ROW, _FLAG = 8, 1
-"""Bytes of the number of a row given back, and of the mark whether a row sent with all others is touched."""
+_FLAG = 1
+"""Bytes of the mark whether a row sent with all others is touched."""
 
 
 def gathered(size: float, ranks: int) -> float:
@@ -89,6 +91,8 @@ class Traffic:
     """All-gathers of the other parameters, where they are split."""
     dense_gradients: float
     """Their reduce-scatters where they are split, else an all-reduce."""
+    experts: float
+    """Within the expert group: copies of tokens to their experts, outputs back, and the gradients of both."""
     batch_norms: float
     """Means and variances over all ranks, and their gradients."""
 
@@ -108,6 +112,8 @@ def traffic(
     tokens: int,
     micro_batches: int = 1,
     rows: Mapping[str, Rows] | None = None,
+    autocast: torch.dtype | None = None,
+    routed: Mapping[int, Routed] | None = None,
 ) -> Traffic:
     """Count what a rank sends; works on the meta device.
 
@@ -119,13 +125,15 @@ def traffic(
         tokens: Tokens of one rank in an optimizer step, ``N``.
         micro_batches: Forward passes of a step; split parameters are gathered anew in each.
         rows: Rows exchanged, of each pool; otherwise at most, as :meth:`Rows.at_most` has it.
+        autocast: What autocast computes products in, None for none.
+        routed: Rows that experts exchange, of each block; otherwise those of even loads.
     """
     pools = {name: cast(MemoryPool, pool) for name, pool in model.pools.items()}
     groups = mesh.ranks // mesh.memory_group
     per_token = reads_per_token(model)
     forward = backward = 0.0
     for block in cast(Iterable[Block], model.blocks):
-        there, back = _reads(block, pools, mesh.memory_group)
+        there, back = _reads(block, pools, mesh)
         forward, backward = forward + there * tokens, backward + back * tokens
     gradients = returned = 0.0
     for name, pool in pools.items():
@@ -133,57 +141,67 @@ def traffic(
             continue
         reads = per_token[name] * tokens * mesh.memory_group
         counts = rows[name] if rows is not None else Rows.at_most(pool.slots, reads, groups)
-        there, back = _rows(pool, counts, mesh.memory_group, groups)
+        there, back = _rows(pool, counts, mesh)
         gradients, returned = gradients + there, returned + back
     weights, dense = _dense(model, {id(pool.values) for pool in pools.values()}, mesh, micro_batches)
-    return Traffic(
-        forward, backward, gradients, returned, weights, dense, _batch_norms(model, mesh) * micro_batches
-    )
+    experts = expert_rows(model, mesh, tokens, micro_batches, autocast, routed)
+    norms = _batch_norms(model, mesh) * micro_batches
+    return Traffic(forward, backward, gradients, returned, weights, dense, experts, norms)
 
 
-def _reads(block: Block, pools: Mapping[str, MemoryPool], ranks: int) -> tuple[float, float]:
+def _reads(block: Block, pools: Mapping[str, MemoryPool], mesh: Mesh) -> tuple[float, float]:
     """Bytes of one token, in the forward and in the backward pass of one block's memory."""
     if not block.pool_names:
         return 0.0, 0.0
-    layer = cast(nn.Module, block.memory)
+    layer, ranks = cast(nn.Module, block.memory), mesh.memory_group
     reads = cast(int, layer.rows_read)
     values, *down = (pools[name] for name in block.pool_names)
-    wide = torch.promote_types(_dtype(block), torch.float32).itemsize
-    if isinstance(layer, MemoryLayer):
-        bags, slots = layer.value_expansion, values.slots * layer.value_expansion
-        of_weights = gathered(bags * reads * wide, ranks)
-    else:  # rows are joined, not added, with weights of one that have no gradient
-        bags, slots = reads, values.slots
-        of_weights, reads = 0.0, 1
-    to_all = gathered(bags * reads * slot_dtype(slots).itemsize, ranks)
-    answers = scattered(bags * values.value_dim * values.values.itemsize, ranks)
-    forward = to_all + answers + (of_weights or gathered(bags * wide, ranks))
-    backward = answers + of_weights  # a reduce-scatter sends what its all-gather has sent
+    wide = torch.promote_types(_dtype(block), torch.float32)
+    expansion = layer.value_expansion if isinstance(layer, MemoryLayer) else 1
+    slots = gathered(reads * slot_dtype(values.slots * expansion).itemsize, ranks)
+    weights = gathered(reads * _wire(wide, mesh), ranks)
+    # Engram's rows are joined, not added: there are as many answers as reads.
+    bags = expansion if isinstance(layer, MemoryLayer) else reads
+    answers = scattered(bags * values.value_dim * _wire(values.values.dtype, mesh), ranks)
+    forward = slots + weights + answers
+    backward = answers
+    if isinstance(layer, MemoryLayer):  # the others' weights are ones, without gradient
+        backward += weights  # a reduce-scatter sends what its all-gather has sent
     for pool in down:
-        products = gathered(reads * torch.promote_types(pool.values.dtype, torch.float32).itemsize, ranks)
-        hidden = scattered(pool.value_dim * _dtype(block).itemsize, ranks)
-        forward += gathered(reads * slot_dtype(slots).itemsize, ranks) + hidden + products
+        kind = torch.promote_types(pool.values.dtype, torch.float32)
+        products = gathered(reads * _wire(kind, mesh), ranks)
+        hidden = scattered(pool.value_dim * _wire(_dtype(block), mesh), ranks)
+        forward += hidden + products  # the slots are those of the values
         backward += hidden + products
     return forward, backward
 
 
-def _rows(pool: MemoryPool, rows: Rows, group: int, groups: int) -> tuple[float, float]:
+def _rows(pool: MemoryPool, rows: Rows, mesh: Mesh) -> tuple[float, float]:
     """Bytes of the row gradients of a pool, and of its updated rows.
 
     Above a share of the table all rows are sent; the padding of the last stretch of them is left out.
     """
-    wide = torch.promote_types(pool.values.dtype, torch.float32).itemsize
-    of_sum, of_row = pool.value_dim / group * wide, pool.value_dim / group * pool.values.itemsize
+    group, groups = mesh.memory_group, mesh.ranks // mesh.memory_group
+    wide = torch.promote_types(pool.values.dtype, torch.float32)
+    of_sum = pool.value_dim / group * _wire(wide, mesh)
+    of_row = pool.value_dim / group * pool.values.itemsize
+    of_number = slot_dtype(pool.slots).itemsize
     block = -(-pool.slots // groups)
     if rows.read > MERGE_WHOLE_ABOVE * pool.slots:
         sums = gathered(block * (of_sum + _FLAG), groups)
     else:
-        sums = rows.leaving * (of_sum + slot_dtype(pool.slots).itemsize) if groups > 1 else 0.0
+        sums = rows.leaving * (of_sum + of_number) if groups > 1 else 0.0
     if rows.most_owned > SHARE_WHOLE_ABOVE * block:
         shared = gathered(block * of_row, groups)
     else:
-        shared = gathered(rows.most_owned * (of_row + _SHARED_ROW), groups)
-    return sums + reduced(rows.owned * wide, group), shared
+        shared = gathered(rows.most_owned * (of_row + of_number), groups)
+    return sums + reduced(rows.owned * wide.itemsize, group), shared
+
+
+def _wire(dtype: torch.dtype, mesh: Mesh) -> int:
+    """Bytes of a number that memory sends."""
+    wire = mesh.wire_dtype
+    return dtype.itemsize if wire is None else min(dtype.itemsize, wire.itemsize)
 
 
 def _dtype(block: nn.Module) -> torch.dtype:
@@ -196,8 +214,8 @@ def _dense(model: Transformer, tables: set[int], mesh: Mesh, micro_batches: int)
     if not mesh.shard_dense:
         trained = [p for p in model.parameters() if p.requires_grad and id(p) not in tables]
         return 0.0, reduced(sum(map(_size, trained)), mesh.ranks)
-    weights = gradients = 0.0
-    seen = set(tables)
+    weights, gradients = expert_matrices(model, mesh)
+    seen = tables | split_experts(model, mesh.expert_group).keys()
     for unit in (*model.blocks, model):
         own = [p for p in unit.parameters() if id(p) not in seen]
         seen |= {id(parameter) for parameter in own}

@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from memlm.parallel.agreement import digest_of
+
 EVERY = 0.5
 """Seconds between beats."""
 PATIENCE = 30.0
@@ -22,6 +24,8 @@ PATIENCE_AFTER_FAILURE = 2.5
 """The same once some rank has failed."""
 GRACE = 5.0
 """Seconds that a process is given to end by itself, once a rank is lost."""
+GRACE_AFTER_REFUSAL = 10.0
+"""The same once some rank has ended for a reason that a user can mend."""
 
 
 class Watch:
@@ -40,12 +44,49 @@ class Watch:
         self._message = ""
         store = _client(address, port)
         # A process may have several, one after the other, all ranks equally many.
-        number = store.add(f"memlm_watches/{rank}", 1)
-        self._store = dist.PrefixStore(f"memlm_watch_{number}", store)
+        self._number = store.add(f"memlm_watches/{rank}", 1)
+        self._address, self._port = address, port
+        self._store = dist.PrefixStore(f"memlm_watch_{self._number}", store)
         self._store.set(f"who/{rank}", f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
         self._store.add(f"beat/{rank}", 1)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+
+    def meeting_place(self) -> dist.Store:
+        """A store of the ranks with this watch: whoever waits in it does not hold up the watch."""
+        return dist.PrefixStore(f"memlm_meeting_{self._number}", _client(self._address, self._port))
+
+    def refuse(self, line: str) -> bool:
+        """Tell the others that this rank ends for a reason that a user can mend; they end, too.
+
+        Args:
+            line: What there is to say.
+
+        Returns:
+            Whether it is for this rank to say it: no other has said the same.
+        """
+        try:
+            self._store.set("refused", "1")
+            return self._store.add(f"said/{digest_of([line])}", 1) == 1
+        except RuntimeError:  # of a store that is gone
+            return True
+
+    def refused(self) -> bool:
+        """Whether some rank has ended for a reason that a user can mend, and has said it."""
+        try:
+            return self._store.check(["refused"])
+        except RuntimeError:
+            return False
+
+    def wait_for_end(self, seconds: float) -> None:
+        """Wait until the store is gone, with the process that has it."""
+        until = time.monotonic() + seconds
+        try:
+            while time.monotonic() < until:
+                self._store.check(["refused"])
+                time.sleep(0.05)
+        except RuntimeError:
+            pass
 
     def explain(self, error: BaseException) -> str | None:
         """What another rank's end has to do with an error of this one; looks for some seconds.
@@ -84,6 +125,10 @@ class Watch:
                 return
         if found is None:
             return
+        if found == _REFUSED:
+            if not self._stopped.wait(GRACE_AFTER_REFUSAL):
+                os._exit(2)
+            return
         self._message = found
         self._lost.set()
         if not self._stopped.wait(GRACE + PATIENCE_AFTER_FAILURE):
@@ -96,6 +141,8 @@ class Watch:
         last, since = -1, time.monotonic()
         while not self._stopped.wait(EVERY):
             store.add(f"beat/{self.rank}", 1)
+            if store.check(["refused"]):
+                return _REFUSED
             beat = store.add(f"beat/{self.next}", 0)
             if beat != last or store.check([f"left/{self.next}"]):
                 last, since = beat, time.monotonic()
@@ -109,6 +156,7 @@ class Watch:
         return None
 
 
+_REFUSED = "refused"
 _STORE_GONE = "rank 0, or its launcher, at whose store the ranks meet, no longer answers: it was killed"
 
 

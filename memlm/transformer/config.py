@@ -90,6 +90,9 @@ class TransformerConfig:
     vocab_size: int | None = None
     """Rows of the embedding and the output layer. Default: the tokenizer's entries, of which there must not
     be more; checkpoints pad theirs."""
+    activation_checkpointing: bool = False
+    """Whether training keeps of each block its input alone, and computes the rest once more in the backward
+    pass: less memory, a third more time. No part of the architecture."""
 
     def validate(self) -> None:
         """Check all values against each other.

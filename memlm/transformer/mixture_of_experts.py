@@ -1,7 +1,7 @@
 """The mixture-of-experts layer."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,24 @@ from memlm.cost import Flops, products
 from memlm.transformer import grouped, routing
 from memlm.transformer.feed_forward import SwiGLU
 from memlm.transformer.moe_config import MoEConfig
+
+
+class Exchange(Protocol):
+    """What ranks that hold some of the experts each do; see :mod:`memlm.parallel.expert_exchange`."""
+
+    def apply(
+        self,
+        rows: Tensor,
+        weights: Tensor,
+        counts: Tensor,
+        products: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Outputs ``[M, D]`` of rows ``[M, D]``, each computed where its expert is."""
+        ...
+
+    def own(self, parameter: Tensor) -> Tensor:
+        """The experts that this rank holds, of ``[E, ...]``."""
+        ...
 
 
 class MixtureOfExperts(nn.Module):
@@ -31,10 +49,12 @@ class MixtureOfExperts(nn.Module):
         gate_up: ``[E, 2F, D]``, gate rows first.
         down: ``[E, D, F]``.
         shared: The shared experts, or None.
+        exchange: If not None, this rank holds some of the experts, and others the others.
         balance_bias: ``[E]`` fp32 in any precision; only with a ``balance_rate``.
         observers: Functions called with the number of tokens of each expert (``[E]`` int64) at every forward
             pass, after it has been counted. They interrupt a compiled graph: keep them free of host
             synchronisation.
+        recording: Whether a forward pass in training counts loads and keeps losses.
     """
 
     balance_bias: Tensor | None
@@ -53,7 +73,9 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer("balance_bias", bias)
         self.register_buffer("counts", torch.zeros(experts, dtype=torch.int64), persistent=False)
         self.register_buffer("seen", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self.exchange: Exchange | None = None
         self.observers: list[Callable[[Tensor], None]] = []
+        self.recording = True
         self._losses: dict[str, Tensor] = {}
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -83,24 +105,44 @@ class MixtureOfExperts(nn.Module):
         if torch.is_autocast_enabled(tokens.device.type):  # which does not know grouped products
             dtype = torch.get_autocast_dtype(tokens.device.type)
         rows = grouped.copy_tokens(tokens.to(dtype), groups)
-        gate_up = grouped.product(rows, self.gate_up.to(dtype), groups.ends)
-        down = grouped.product(grouped.gated(gate_up, weights), self.down.to(dtype), groups.ends)
-        return grouped.add_rows(down, groups)
+        if self.exchange is None:
+            outputs = self._products(rows, weights, groups.ends, self.gate_up, self.down)
+        else:
+            outputs = self._exchanged(self.exchange, rows, weights, groups)
+        return grouped.add_rows(outputs, groups)
+
+    @staticmethod
+    def _products(rows: Tensor, weights: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        """Weighted outputs of rows sorted by expert."""
+        inner = grouped.gated(grouped.product(rows, gate_up.to(rows.dtype), ends), weights)
+        return grouped.product(inner, down.to(rows.dtype), ends)
+
+    @torch.compiler.disable
+    def _exchanged(self, exchange: Exchange, rows: Tensor, weights: Tensor, groups: grouped.Groups) -> Tensor:
+        gate_up, down = exchange.own(self.gate_up), exchange.own(self.down)
+
+        def held(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+            return self._products(rows, weights, ends, gate_up, down)
+
+        return exchange.apply(rows, weights, groups.counts(), held)
 
     # -- balance
 
     def _count(self, groups: grouped.Groups, logits: Tensor, scores: Tensor) -> None:
         """Add up a training batch's load, and keep its losses."""
         counts = groups.counts()
+        losses = {}
+        if self.config.auxiliary_loss:
+            losses["auxiliary"] = self.config.auxiliary_loss * routing.balance_loss(scores, counts)
+        if self.config.z_loss:
+            losses["z"] = self.config.z_loss * routing.z_loss(logits)
+        if not self.recording:  # computed once more, for the gradients of those of the first time
+            return
+        self._losses = losses
         self.counts += counts
         if self.config.routing == "expert_choice":
             self.seen[0] += len(scores)
             self.seen[1] += groups.unchosen()
-        self._losses = {}
-        if self.config.auxiliary_loss:
-            self._losses["auxiliary"] = self.config.auxiliary_loss * routing.balance_loss(scores, counts)
-        if self.config.z_loss:
-            self._losses["z"] = self.config.z_loss * routing.z_loss(logits)
 
     @torch.compiler.disable
     def _observe(self, counts: Tensor) -> None:
@@ -120,8 +162,7 @@ class MixtureOfExperts(nn.Module):
     def balance(self, sum_over_ranks: Callable[[Tensor], Tensor] | None = None) -> None:
         """Move the bias by the load since the last call, and start to count anew; once an optimizer step.
 
-        ``bias += balance_rate * sign(mean(counts) - counts)`` (arXiv 2408.15664, algorithm 1). Activation
-        checkpointing counts every batch twice, which changes no sign.
+        ``bias += balance_rate * sign(mean(counts) - counts)`` (arXiv 2408.15664, algorithm 1).
 
         Args:
             sum_over_ranks: Given the counts ``[E]``, returns their sum over all ranks; without it each rank
@@ -152,7 +193,8 @@ class MixtureOfExperts(nn.Module):
 
     def flops(self, sequence_length: int) -> Flops:
         """FLOPs of one token, with ``top_k`` experts (``expert_choice``: on average, in training)."""
-        experts = products(self.gate_up[0], self.down[0]) * self.config.top_k
+        matrices = self.gate_up.shape[1:].numel() + self.down.shape[1:].numel()
+        experts = Flops(2 * matrices, 4 * matrices) * self.config.top_k
         shared = products(*self.shared.parameters()) if self.shared is not None else Flops()
         return products(self.router.weight) + experts + shared
 

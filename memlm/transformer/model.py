@@ -15,6 +15,7 @@ from memlm.transformer.feed_forward import SwiGLU
 from memlm.transformer.initialization import initialise
 from memlm.transformer.mixture_of_experts import MixtureOfExperts
 from memlm.transformer.moe_config import MoEConfig
+from memlm.transformer.recomputation import recomputed
 
 
 class Block(nn.Module):
@@ -37,6 +38,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.mode = mode
+        self.recomputed = config.activation_checkpointing
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.feed_forward_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
@@ -53,17 +55,32 @@ class Block(nn.Module):
         inputs: Inputs,
     ) -> Tensor:
         """``[B, T, D]`` to ``[B, T, D]``."""
-        own = [pools[name] for name in self.pool_names]
+        own = [cast(MemoryPool, pools[name]) for name in self.pool_names]
+        if self.recomputed and self.training and torch.is_grad_enabled():
+            return recomputed(lambda: self._compute(hidden, rotary, mask, own, inputs), [self, *own])
+        return self._compute(hidden, rotary, mask, own, inputs)
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        own: list[MemoryPool],
+        inputs: Inputs,
+    ) -> Tensor:
         if self.memory is not None and self.mode == "before":
             hidden = hidden + self.memory(hidden, own, inputs)
         history = cast(BlockCache | None, inputs.history)
         hidden = hidden + self.attention(self.attention_norm(hidden), rotary, mask, history)
         normed = self.feed_forward_norm(hidden)
-        if self.feed_forward is not None:
-            hidden = hidden + self.feed_forward(normed)
-        if self.memory is not None and self.mode != "before":
-            hidden = hidden + self.memory(normed, own, inputs)
-        return hidden
+        if self.memory is None or self.mode == "before":
+            assert self.feed_forward is not None
+            return hidden + self.feed_forward(normed)
+        if self.feed_forward is None:
+            return hidden + self.memory(normed, own, inputs)
+        # The layer runs it while it waits for other ranks.
+        read, fed = self.memory(normed, own, inputs, beside=self.feed_forward)
+        return hidden + fed + read
 
 
 class Transformer(nn.Module):
@@ -143,6 +160,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         counts: Tensor | None = None,
         last: bool = False,
+        hidden: bool = False,
     ) -> Tensor:
         """Next-token logits.
 
@@ -153,17 +171,20 @@ class Transformer(nn.Module):
             counts: ``[B]`` int64 on the CPU: how many of each row's ``T`` tokens are no padding, at least
                 one. Default: all. Goes with ``cache``.
             last: Whether logits are wanted after each row's last token alone.
+            hidden: Whether the hidden states are wanted in place of logits: see :meth:`hidden_states`.
 
         Returns:
             ``[B, T, vocab rows]``; with ``last`` ``[B, 1, vocab rows]``.
         """
-        hidden = self.hidden_states(tokens, documents, cache, counts)
+        states = self._hidden_states(tokens, documents, cache, counts)
+        if hidden:
+            return states
         if last and counts is None:
-            hidden = hidden[:, -1:]
+            states = states[:, -1:]
         elif last and counts is not None:
-            rows = torch.arange(len(counts), device=hidden.device)
-            hidden = hidden[rows, (counts - 1).to(hidden.device)].unsqueeze(1)
-        return self.output(hidden)
+            rows = torch.arange(len(counts), device=states.device)
+            states = states[rows, (counts - 1).to(states.device)].unsqueeze(1)
+        return self.output(states)
 
     def hidden_states(
         self,
@@ -174,9 +195,17 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """What the output layer maps to logits, ``[B, T, D]``; arguments as of :meth:`forward`.
 
+        Until the next call the output layer may be applied to it, or to parts of it.
+
         Raises:
             ValueError: Both ``documents`` and ``cache`` are given.
         """
+        # A call of the module: what splits it over ranks hooks into that.
+        return cast(Tensor, self(tokens, documents, cache, counts, hidden=True))
+
+    def _hidden_states(
+        self, tokens: Tensor, documents: Tensor | None, cache: Cache | None, counts: Tensor | None
+    ) -> Tensor:
         config = self.config
         mask = None if documents is None else document_mask(documents)
         if cache is None:

@@ -29,7 +29,7 @@ def main(options: dict[str, Any]) -> None:
     try:
         for step in range(20):
             if rank == options["who"] and step == 5:
-                end(options["how"])
+                end(options["how"], watch)
             dist.all_reduce(torch.ones(1000))
             time.sleep(0.05)
     except Exception as error:
@@ -40,7 +40,7 @@ def main(options: dict[str, Any]) -> None:
     print("done", flush=True)
 
 
-def end(how: str) -> None:
+def end(how: str, watch: module.Watch) -> None:
     """One of the ways."""
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -48,6 +48,11 @@ def end(how: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif how == "raise":
         raise ValueError("a shard is missing")
+    elif how == "refuse":  # and takes its time to end: the others do not learn it from a closed connection
+        print(f"said: {watch.refuse('a shard is missing')} {watch.refuse('a shard is missing')}", flush=True)
+        watch.stop()
+        time.sleep(module.GRACE_AFTER_REFUSAL + 4)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

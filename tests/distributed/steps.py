@@ -8,6 +8,7 @@ Each case is trained on the same batches, of which a rank takes every world-th r
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
-from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
+from memlm.memory import EngramConfig, MemoryConfig, PEERConfig, TuckerConfig
 from memlm.memory.pool import values_without_memory
 from memlm.metrics import summed_loss
 from memlm.optim import OptimizerConfig, ValuesOptimizerConfig, clip_gradients, configure
@@ -33,16 +35,22 @@ def train(case: dict[str, Any], group: int | None, rank: int, world: int) -> lis
     """Losses of each step, over all ranks; last, the sum of the absolute values of the tables."""
     torch.manual_seed(0)
     plan = CONFIGS[case.get("kind", "memory")](**case.get("memory", MEMORY))
+    if case.get("tucker"):
+        plan.tucker = TuckerConfig(rank=2)
     config = TransformerConfig(16, 3, 2, feed_forward_dim=32)
     if group is None:
         model = Transformer(VOCAB, config, plan)
     else:
         with values_without_memory():
             model = Transformer(VOCAB, config, plan)
-        place(model, memory_mesh("cpu", world, group, "group"), torch.device("cpu"))
+        wire = torch.bfloat16 if case.get("wire") else None
+        place(model, memory_mesh("cpu", world, group, "group"), torch.device("cpu"), wire_dtype=wire)
         for pool in model.pools.values():
             if (above := case.get("whole_above")) is not None:
                 pool.gradient.merging.merge_whole_above = pool.gradient.merging.share_whole_above = above
+    if case.get("checkpoint"):
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     optimizer, schedule = configure(
         model.named_parameters(),
         {pool.values: pool.gradient for pool in model.pools.values()},
@@ -58,7 +66,9 @@ def train(case: dict[str, Any], group: int | None, rank: int, world: int) -> lis
         optimizer.zero_grad()
         for _ in range(micro_batches):
             tokens = torch.randint(VOCAB, (ROWS, LENGTH + 1), generator=generator)[rank::world]
-            loss = summed_loss(model(tokens[:, :-1]), tokens[:, 1:]) / tokens[:, 1:].numel() / micro_batches
+            with torch.autocast("cpu", torch.bfloat16, enabled=case.get("autocast", False)):
+                logits = model(tokens[:, :-1])
+            loss = summed_loss(logits, tokens[:, 1:]) / tokens[:, 1:].numel() / micro_batches
             loss.backward()
             total += loss.detach()
         clip_gradients(optimizer, case.get("clip", 1.0))

@@ -36,7 +36,7 @@ def run(script, options, ranks=None):
 @pytest.mark.distributed
 @pytest.mark.parametrize(("ranks", "group"), [(2, 1), (2, 2), (4, 1), (4, 2)])
 def test_sums_and_rows_of_all_ranks(ranks, group):
-    assert run("exchange_ranks.py", {"group": group}, ranks) == "ok 144"
+    assert run("exchange_ranks.py", {"group": group}, ranks) == "ok 192"
 
 
 @pytest.mark.distributed

@@ -30,6 +30,26 @@ CASES = {
     },
     "peer": {"kind": "peer", "memory": SMALL | {"layers": [1, 2]}},
     "expanded": {"memory": SMALL | {"half_keys": 8, "layers": [1], "value_expansion": 4}},
+    # In its 20th step two scores are equal but for rounding, which decides what one token reads.
+    "beside": {"memory": SMALL | {"layers": [0, 2], "mode": "beside"}, "steps": 19},
+    "peer beside": {"kind": "peer", "memory": SMALL | {"layers": [1, 2], "mode": "beside", "gate": "silu"}},
+    "peer beside, expanded": {
+        "kind": "peer",
+        "memory": SMALL
+        | {"half_keys": 8, "layers": [1], "mode": "beside", "value_expansion": 2, "projection": True},
+    },
+    "tucker": {"memory": SMALL | {"layers": [1]}, "tucker": True},
+    "checkpointed": {
+        "memory": SMALL | {"layers": [0, 2], "mode": "beside"},
+        "checkpoint": True,
+        "accumulate": 2,
+        "steps": 8,
+    },
+    "checkpointed peer": {
+        "kind": "peer",
+        "memory": SMALL | {"layers": [1, 2], "query_norm": "none"},
+        "checkpoint": True,
+    },
     "engram": {"kind": "engram", "memory": {"slots": 300, "heads": 2, "layers": [1], "value_dim": 8}},
 }
 # Stochastic rounding turns a difference in the last bit of a sum into one of 2^-8, now and then.

@@ -109,6 +109,15 @@ def test_a_rank_that_fails_is_named_with_its_reason():
 
 
 @pytest.mark.distributed
+def test_all_end_where_one_refuses_though_no_collective_fails():
+    results, _, seconds = run(3, "refuse", 1)
+    assert [code for code, *_ in results.values()] == [2, 2, 2], results
+    assert results[1][1] == "said: True False\n"
+    assert not any("memlm:" in errors for *_, errors in results.values())
+    assert seconds < 60
+
+
+@pytest.mark.distributed
 def test_nothing_is_said_where_nothing_fails():
     results, *_ = run(3, "not at all", 1)
     assert [(code, output) for code, output, _ in results.values()] == [(0, "done\n")] * 3

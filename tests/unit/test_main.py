@@ -148,3 +148,18 @@ def test_nobody_reads_the_output_any_more(length):
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("code", [1, 2])
+def test_what_several_processes_have_said_already_is_not_said_again(monkeypatch, capsys, code):
+    def fail(arguments):
+        error = RuntimeError("Connection closed by peer")
+        error.exit_code = code
+        raise error
+
+    monkeypatch.setattr("memlm.compare.main", fail)
+    assert entry.main(["compare"]) == code
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("MEMLM_TRACEBACK", "1")
+    with pytest.raises(RuntimeError):
+        entry.main(["compare"])

@@ -49,6 +49,7 @@ class Trainer:
     precision = "32-true"
     world_size = 1
     max_steps = 10
+    strategy = None
     datamodule = None
 
     def __init__(self, clip: float | None = None) -> None:

@@ -16,9 +16,10 @@ import torch.distributed.checkpoint as dcp
 from memlm.__main__ import main
 from memlm.errors import CheckpointError, DataError
 from memlm.parallel import consolidate as module
+from memlm.parallel import sharded_checkpoint
 from memlm.parallel.consolidate import consolidate
 from memlm.parallel.folder_swap import put_in_place
-from memlm.parallel.sharded_checkpoint import read_tensors
+from memlm.parallel.sharded_checkpoint import StoredTensor, read_tensors
 
 SCRIPT = Path(__file__).with_name("write_folder.py")
 sys.path.insert(0, str(SCRIPT.parent))
@@ -111,6 +112,24 @@ print(status("VmHWM") - before)
 """
 
 
+MEASURE_PART = (
+    MEASURE.split("from memlm")[0]
+    + """
+import torch
+from memlm.parallel.sharded_checkpoint import read_tensors
+stored = read_tensors(Path(sys.argv[1]))
+small = stored["state_dict.transformer.embedding.weight"]
+small.fill(torch.empty(small.shape), (0, 0))
+values = stored["state_dict.transformer.pools.main.values"]
+assert len(values.parts) == 2
+before = status("VmHWM")
+part = torch.empty(values.shape[0], values.shape[1] // 4)
+values.fill(part, (0, values.shape[1] // 4))
+print(status("VmHWM") - before, part.nbytes)
+"""
+)
+
+
 @pytest.mark.distributed
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux reports resident memory")
 def test_memory_is_that_of_some_rows(tmp_path, folder):
@@ -122,6 +141,14 @@ def test_memory_is_that_of_some_rows(tmp_path, folder):
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "large.ckpt").stat().st_size > 300e6
     assert int(done.stdout) * 1024 < 60e6
+
+    # A rank of four that reads what two have written takes its quarter, and no more.
+    words = [sys.executable, "-c", MEASURE_PART, str(tmp_path / "large")]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    grown, part = map(int, done.stdout.split())
+    assert part > 70e6
+    assert grown * 1024 < part + 60e6
 
 
 def test_verb(folder, tmp_path, capsys):
@@ -162,6 +189,35 @@ def test_chunks_of_any_size(folder):
     whole = torch.cat(list(stored.chunks(1 << 20)))
     for size in (1, 16, 40, 64, 96, 1000):
         assert torch.equal(torch.cat(list(stored.chunks(size))), whole)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_block_is_read(tmp_path, seed, monkeypatch):
+    """From parts that several ranks have written, whatever their borders."""
+    monkeypatch.setattr(sharded_checkpoint, "_READ_AT_ONCE", 100)
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(low, high):
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    rows, columns = some(1, 40), some(1, 12)
+    tensor = torch.randn(rows, columns, generator=generator)
+    folder = saved(
+        tmp_path / "x",
+        {"left": tensor[:, : columns // 2].clone(), "right": tensor[:, columns // 2 :].clone()},
+    )
+    stored = read_tensors(folder)
+    left, right = stored["left"].parts, stored["right"].parts
+    for part in right:
+        part.offsets = (0, columns // 2)
+    whole = StoredTensor(tensor.shape, tensor.dtype, left + right)
+    for _ in range(20):
+        first = some(0, rows - 1), some(0, columns - 1)
+        sizes = some(1, rows - first[0]), some(1, columns - first[1])
+        expected = tensor[first[0] : first[0] + sizes[0], first[1] : first[1] + sizes[1]]
+        target = torch.full(sizes, torch.nan, dtype=torch.float64)
+        whole.fill(target, first)
+        assert torch.equal(target, expected.double())
 
 
 def test_nothing_is_overwritten(folder, tmp_path):

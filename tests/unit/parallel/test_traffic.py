@@ -38,7 +38,17 @@ def test_rows_between_groups():
     rows = Rows(read=100, leaving=50, owned=90, most_owned=95)
     found = traffic(build(), Mesh(4, 2), 10, rows={"main": rows})
     assert found.row_gradients == 50 * (4 * 4 + 4) + 90 * 4  # squares: 2 * 90 * 4 / 2
-    assert found.rows == 95 * (4 * 4 + 8)
+    assert found.rows == 95 * (4 * 4 + 4)
+
+
+def test_bf16_on_the_wire_halves_all_but_slots_numbers_squares_and_rows():
+    rows = Rows(read=100, leaving=50, owned=90, most_owned=95)
+    found = traffic(build(), Mesh(4, 2, wire_dtype=torch.bfloat16), 10, rows={"main": rows})
+    slots, weights, answers = 10 * 6 * 4, 10 * 6 * 2, 10 * 8 * 2 / 2
+    assert found.reads_forward == slots + weights + answers
+    assert found.reads_backward == weights + answers
+    assert found.row_gradients == 50 * (4 * 2 + 4) + 90 * 4
+    assert found.rows == 95 * (4 * 4 + 4)
 
 
 def test_all_rows_between_groups_where_most_are_touched():
