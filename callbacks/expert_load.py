@@ -30,8 +30,8 @@ class ExpertLoad(Callback):
 
     - ``experts/<block>/unchosen_in_training``: share of the tokens that no expert chose.
 
-    Padding counts like other tokens. Loads are summed where they are, and looked at only when an evaluation
-    ends.
+    Padding counts like other tokens, and so do the rows of padding that give several processes equally many.
+    Loads are summed where they are, and looked at only when an evaluation ends.
 
     Args:
         every_n_steps: Every how many optimizer steps a training step is sampled.

@@ -34,8 +34,9 @@ class Throughput(Callback):
     - ``train/data_wait_share``: share of the time in which the loop waited for the data loader to hand over
       the next batch (preparing it, if ``data.num_workers`` is 0); moving it to the device is not included.
 
-    The first step of a process is left out of these: it allocates, compiles and warms up. A GPU is waited for
-    only where such a window begins or ends, and before validation.
+    Seconds and waiting are those of the first process. The first step of a process is left out of these: it
+    allocates, compiles and warms up. A GPU is waited for only where such a window begins or ends, and before
+    validation.
 
     Args:
         every_n_steps: Optimizer steps between two measurements of speed.

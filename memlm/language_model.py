@@ -157,6 +157,11 @@ class LanguageModel(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Load the pretrained weights, unless a checkpoint has been loaded: only now is that known."""
+        if not self.trainer.strategy.restore_checkpoint_after_setup:
+            self.take_pretrained()
+
+    def on_train_start(self) -> None:
+        """The same where ranks read their parts of a checkpoint, which is later."""
         self.take_pretrained()
 
     def take_pretrained(self) -> None:

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from memlm.errors import ConfigError
 from memlm.flops import count, parts
 from memlm.matching import baselines
@@ -35,7 +37,13 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
     if tokens is None:
         raise ConfigError("tokens_per_rank", "is needed, since the data has no batch_size")
     group = options.memory_group or (options.ranks if model.pools else 1)
-    mesh = Mesh(options.ranks, group, options.shard_dense == "true", expert_group=options.expert_group)
+    mesh = Mesh(
+        options.ranks,
+        group,
+        options.shard_dense == "true",
+        options.expert_group,
+        torch.bfloat16 if options.wire_dtype else None,
+    )
     convert(model, precision)
     optimizer, _ = configure(
         transformer.named_parameters(),
@@ -57,6 +65,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         "parts": parts(transformer),
         "rank": {
             **asdict(mesh),
+            "wire_dtype": options.wire_dtype,
             "precision": str(precision),
             "tokens": tokens,
             "bytes": held.as_dict(),

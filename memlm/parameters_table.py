@@ -59,6 +59,7 @@ def table(models: list[dict[str, Any]]) -> str:
         ("memory_group", "ranks of a memory group"),
         ("shard_dense", "dense parameters sharded"),
         ("expert_group", "ranks of an expert group"),
+        ("wire_dtype", "memory's numbers sent as"),
         ("precision", "precision"),
         ("tokens", "tokens in an optimizer step"),
     ):
@@ -97,9 +98,9 @@ def _count(value: int) -> str:
 
 
 def _plain(value: Any) -> str:
-    return (
-        str(value).lower() if isinstance(value, bool) else _count(value) if isinstance(value, int) else value
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return _count(value) if isinstance(value, int) else str(value)
 
 
 def _part_names(models: list[dict[str, Any]]) -> list[str]:

@@ -123,7 +123,7 @@ def claims_of(trainer: Any, strategy: Any, config: dict[str, Any]) -> dict[str, 
     claims["trainer.strategy"] = type(strategy).__name__
     for key, value in sorted(vars(strategy).items()):
         if not key.startswith("_") and (value is None or isinstance(value, (bool, int, float, str))):
-            claims[f"trainer.strategy.{key}"] = value
+            claims[f"trainer.strategy.init_args.{key}"] = value
     seed = os.environ.get("PL_GLOBAL_SEED")
     claims |= {"ckpt_path": trainer.ckpt_path, "seed_everything": seed and int(seed)}
     return claims | _of_data(trainer.datamodule)

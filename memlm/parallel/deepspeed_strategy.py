@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
@@ -25,7 +25,7 @@ from memlm.parallel.zero_adamw import ZeroAdamW
 from memlm.parallel.zero_checkpoint import ZeroCheckpoint
 from memlm.parallel.zero_state import ZeroState, hidden_values
 
-CONFIG_KEY = "trainer.strategy.config"
+CONFIG_KEY = "trainer.strategy.init_args.config"
 _OURS = {
     "optimizer": "is model.optimizer",
     "scheduler": "is model.optimizer.schedule",
@@ -73,6 +73,7 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
         memory_group: See :class:`memlm.parallel.strategy.MemoryParallelStrategy`.
         save_distributed_checkpoint: See there.
         asynchronous_save: See there.
+        wire_dtype: See there.
         config: DeepSpeed's own options, or their JSON file, over the defaults: buckets, stage 3's
             thresholds. Optimizer, schedule, clipping, accumulation and precision are the Trainer's and the
             model's.
@@ -91,6 +92,7 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
         memory_group: int | None = None,
         save_distributed_checkpoint: bool = True,
         asynchronous_save: bool = False,
+        wire_dtype: Literal["bfloat16"] | None = None,
         config: dict[str, Any] | str | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
@@ -100,13 +102,14 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
                 "trainer.strategy", "needs deepspeed, which is not installed: pip install 'memlm[deepspeed]'"
             )
         if stage not in (1, 2, 3):
-            raise ConfigError("trainer.strategy.stage", f"is {stage}, must be 1, 2 or 3")
+            raise ConfigError("trainer.strategy.init_args.stage", f"is {stage}, must be 1, 2 or 3")
         own = _read(config)
         _check(own, stage)
         super().__init__(
             memory_group,
             save_distributed_checkpoint,
             asynchronous_save,
+            wire_dtype,
             stage=stage,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -286,7 +289,9 @@ def _check(own: Mapping[str, Any], stage: int) -> None:
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"{CONFIG_KEY}.{refused}", f"must not be set: it {reason}")
         if key == "zero_optimization.stage" and value != stage:
-            raise ConfigError(f"{CONFIG_KEY}.{key}", f"is {value}, but trainer.strategy.stage is {stage}")
+            raise ConfigError(
+                f"{CONFIG_KEY}.{key}", f"is {value}, but init_args.stage is {stage}"
+            )
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

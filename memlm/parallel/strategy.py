@@ -6,7 +6,7 @@ That of DeepSpeed is :mod:`memlm.parallel.deepspeed_strategy`, which this regist
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
@@ -36,6 +36,8 @@ class MemoryParallelStrategy(MemoryStrategy, ModelParallelStrategy):
             is written by rank 0, which then needs memory for the whole model.
         asynchronous_save: Whether training goes on while a checkpoint is written, from a copy in the memory
             of the CPU. The next save, and the end of training, wait for it.
+        wire_dtype: What the weights, answers and row gradients that memory sends travel as, where they are
+            wider; sums are added up in fp32. Default: as they are.
         process_group_backend: gloo, nccl; default: by device.
         timeout: After which a collective that some rank does not join fails.
         whole_gradients: Whether each rank adds up the whole dense gradients of accumulated micro-batches, and
@@ -51,6 +53,7 @@ class MemoryParallelStrategy(MemoryStrategy, ModelParallelStrategy):
         expert_group: int | None = 1,
         save_distributed_checkpoint: bool = True,
         asynchronous_save: bool = False,
+        wire_dtype: Literal["bfloat16"] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         whole_gradients: bool = True,
@@ -59,6 +62,7 @@ class MemoryParallelStrategy(MemoryStrategy, ModelParallelStrategy):
             memory_group,
             save_distributed_checkpoint,
             asynchronous_save,
+            wire_dtype,
             tensor_parallel_size=1,
             process_group_backend=process_group_backend,
             timeout=timeout,
@@ -103,6 +107,7 @@ class MemoryDDPStrategy(MemoryStrategy, DDPStrategy):
         memory_group: G: ranks that share one copy of the values; null: all. Default: each rank has its own.
         save_distributed_checkpoint: See :class:`MemoryParallelStrategy`.
         asynchronous_save: See there.
+        wire_dtype: See there.
         **others: Of Lightning's DDPStrategy, and of torch's DistributedDataParallel.
     """
 
@@ -111,9 +116,10 @@ class MemoryDDPStrategy(MemoryStrategy, DDPStrategy):
         memory_group: int | None = 1,
         save_distributed_checkpoint: bool = True,
         asynchronous_save: bool = False,
+        wire_dtype: Literal["bfloat16"] | None = None,
         **others: Any,
     ) -> None:
-        super().__init__(memory_group, save_distributed_checkpoint, asynchronous_save, **others)
+        super().__init__(memory_group, save_distributed_checkpoint, asynchronous_save, wire_dtype, **others)
 
     def setup_distributed(self) -> None:
         """Start the processes' communication."""

@@ -64,7 +64,9 @@ class Kept(DummyLogger):
 class Initial(pl.Callback):
     """Keeps checksums of the parameters before the first step."""
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step > 0:
+            return
         self.checksums = {
             name: hashlib.sha256(whole.contiguous().view(torch.uint8).numpy()).hexdigest()
             for name, whole in parameters(pl_module).items()
@@ -125,8 +127,8 @@ def run(case: dict[str, Any], folder: Path, rank: int, world: int) -> dict[str, 
 
     Options of a case: ``kind``, ``transformer``, ``memory``, ``values``, ``moe``, ``pretrained``, ``compile``
     and ``backend`` are the model's; ``strategy``, ``of_strategy``, ``precision``, ``accumulate`` and
-    ``steps`` the Trainer's; ``callbacks``: whether to have all; ``also``: whether to validate, test and predict,
-    too; ``count``: whether to count bytes.
+    ``steps`` the Trainer's; ``callbacks``: whether to have all; ``also``: whether to validate, test and
+    predict, too; ``count``: whether to count bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if world > 1:

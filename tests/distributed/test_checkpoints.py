@@ -111,7 +111,7 @@ def test_saving_while_training_goes_on(folder):
 def test_needs_a_folder(tmp_path):
     whole = ["--trainer.strategy.init_args.save_distributed_checkpoint", "false"]
     said = fit(tmp_path, "refused", *ASYNCHRONOUS, *whole, code=2)
-    assert "trainer.strategy.asynchronous_save: is true, which needs" in said
+    assert "trainer.strategy.init_args.asynchronous_save: is true, which needs" in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -104,7 +104,7 @@ def test_measures_the_same_on_two_processes_and_one(place):
 def test_refuses_a_mesh_that_does_not_divide(place, words, message):
     said = place.run("fit", "refused", *TWO, *words, code=2)
     errors = [line for line in said.splitlines() if "error" in line]
-    assert errors == [f"memlm: error: trainer.strategy.{message}"]
+    assert errors == [f"memlm: error: trainer.strategy.init_args.{message}"]
     assert not (place.runs / "refused").exists()
 
 

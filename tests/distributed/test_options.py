@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 SCRIPT = Path(__file__).with_name("options.py")
 
 SMALL = {"half_keys": 9, "heads": 2, "reads": 4, "key_dim": 8, "layers": [1]}
+PEER = SMALL | {"query_norm": "none"}
 BESIDE = SMALL | {"mode": "beside", "start_at_zero": True}
 EXPERTS = {"routing": "token_choice", "experts": 4, "top_k": 2, "balance_rate": 0.01, "z_loss": 0.01}
 RECOMPUTED = {"transformer": {"activation_checkpointing": True}}
@@ -26,14 +27,14 @@ CASES = {
     "all, groups of one": ALL | ONE_GROUP_EACH,
     "all, ddp": ALL | DDP,
     "all, ddp, one group": ALL | DDP | {"of_strategy": {"memory_group": 2}},
-    "all, peer": ALL | {"kind": "PEERLM"},
+    "all, peer": ALL | {"kind": "PEERLM", "memory": PEER},
     "all, expanded": ALL | {"memory": SMALL | {"half_keys": 8, "value_expansion": 4}},
     "all, engram": ALL
     | {"kind": "EngramLM", "memory": {"slots": 300, "heads": 2, "layers": [1], "value_dim": 8}},
     "all, experts": ALL | {"kind": "MoELM", "moe": EXPERTS},
     "recomputed": RECOMPUTED,
     "recomputed, ddp": RECOMPUTED | DDP,
-    "recomputed, peer": RECOMPUTED | {"kind": "PEERLM"},
+    "recomputed, peer": RECOMPUTED | {"kind": "PEERLM", "memory": PEER},
     "recomputed, experts": RECOMPUTED | {"kind": "MoELM", "moe": EXPERTS},
     "recomputed, batch norm": RECOMPUTED | {"memory": SMALL | {"query_norm": "batch"}},
     "accumulated": {"accumulate": 2, "count": True},
@@ -58,9 +59,16 @@ TIMED = {
 }
 
 
-def tolerance(name):
-    # Sums of other summands, rounded to 8 bits. A bias before BatchNorm has no gradient but rounding errors.
-    return {"bf16": 2e-2, "reco": 1e-4 if name.endswith("norm") else 1e-5}.get(name[:4], 1e-5)
+def tolerance(name, metric="loss"):
+    """How far a case's metric may be from that of one process, relative; None for as far as it likes."""
+    if metric in TIMED or (name.startswith("bf16") and "loss" not in metric):
+        return None
+    if name.startswith("bf16"):  # sums of other summands, rounded to 8 bits
+        return 2e-3
+    if "experts/" in metric and not metric.endswith("training"):
+        return None  # rows that fill the last batch choose experts too
+    # A bias before BatchNorm has no gradient but rounding errors, which Adam makes steps of.
+    return 1e-4 if name.endswith("norm") else 1e-5
 
 
 def start(cases, folder, ranks):
@@ -103,21 +111,20 @@ def runs(tmp_path_factory):
     return results_of(one), results_of(two)
 
 
-def close(found, expected, rel):
-    """Approximately equal: numbers, in lists and dicts of any depth; all else exactly."""
+def close(found, expected, name, metric="loss"):
+    """Numbers within the tolerance, in lists and dicts of any depth; all else the same."""
     if isinstance(expected, dict):
         assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            if name not in TIMED:
-                close(found[name], value, rel)
+        for key, value in expected.items():
+            close(found[key], value, name, key)
     elif isinstance(expected, list):
         assert len(found) == len(expected)
         for ours, theirs in zip(found, expected, strict=True):
-            close(ours, theirs, rel)
-    elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=rel, abs=1e-7)
-    else:
+            close(ours, theirs, name, metric)
+    elif not isinstance(expected, float):
         assert found == expected
+    elif (rel := tolerance(name, metric)) is not None:
+        assert found == pytest.approx(expected, rel=rel, abs=1e-7), metric
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,14 +132,10 @@ def test_as_one_process(runs, name):
     one, two = (run[name] for run in runs)
     assert two["initial"] == one["initial"]
     assert two["dtypes"] == one["dtypes"]
-    assert two["logged"].keys() == one["logged"].keys()
-    for metric, values in one["logged"].items():
-        if metric not in TIMED:
-            assert two["logged"][metric] == pytest.approx(values, rel=tolerance(name)), metric
-    if not name.endswith("norm"):
-        assert two["sums"] == pytest.approx(one["sums"], rel=tolerance(name))
-    for part in ("validated", "tested"):
-        close(two.get(part), one.get(part), 1e-5)
+    for part in ("logged", "validated", "tested"):
+        close(two.get(part), one.get(part), name)
+    if not name.endswith("norm") and not name.startswith("bf16"):
+        close(two["sums"], one["sums"], name)
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "also" in case])
@@ -141,11 +144,11 @@ def test_files_are_those_of_one_process(runs, name):
     assert two["predictions.jsonl"] == one["predictions.jsonl"]
     assert len(one["predictions.jsonl"].splitlines()) == 3
     assert two["samples.txt"] == one["samples.txt"]
-    close(json.loads(two["test.json"]), json.loads(one["test.json"]), 1e-5)
+    close(json.loads(two["test.json"]), json.loads(one["test.json"]), name)
     tasks = [json.loads(files["tasks.json"])["tasks"] for files in (two, one)]
     for task in (task for run in tasks for task in run.values()):
         assert task.pop("seconds") >= 0
-    close(*tasks, 1e-5)
+    close(*tasks, name)
     assert tasks[0]["piqa"]["examples"] == 5  # not as many on each rank
 
 

@@ -202,8 +202,8 @@ def impossible(place, unlike):
 
 
 IMPOSSIBLE = {
-    "group": "trainer.strategy.memory_group: is 3, must divide the number of processes (2)",
-    "columns": "trainer.strategy.memory_group: is 2, must divide the 15 elements of a value of pool 'main'",
+    "group": "trainer.strategy.init_args.memory_group: is 3, must divide the number of processes (2)",
+    "columns": "trainer.strategy.init_args.memory_group: is 2, must divide the 15 elements of a value of",
     "devices": "trainer.devices: is 4, and trainer.num_nodes 1, which makes 4 processes; torchrun has",
     "nodes": "trainer.devices: is 2, and trainer.num_nodes 2, which makes 4 processes; torchrun has",
     "folder": "model.transformer.dim: is set to 32, but checkpoint",

@@ -89,7 +89,7 @@ def test_claims_of_a_trainer():
     claims = claims_of(trainer, strategy, {"model.dim": 16})
     assert claims["model.dim"] == 16
     assert claims["trainer.max_steps"] == 3
-    assert claims["trainer.strategy.memory_group"] == 2
+    assert claims["trainer.strategy.init_args.memory_group"] == 2
     assert claims["data (fingerprint of its files and options)"] == "abc"
     assert not any("_own_rank" in key or key.endswith(".model") for key in claims)
     assert list(claims)[:2] == ["memlm", "torch"]

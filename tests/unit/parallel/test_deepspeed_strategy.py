@@ -34,23 +34,23 @@ def deepspeed():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stage": 0}, "trainer.strategy.stage: is 0, must be 1, 2 or 3"),
+        ({"stage": 0}, "trainer.strategy.init_args.stage: is 0, must be 1, 2 or 3"),
         (
             {"config": {"optimizer": {"type": "Adam"}}},
-            "trainer.strategy.config.optimizer: must not be set: it is model.optimizer",
+            "trainer.strategy.init_args.config.optimizer: must not be set: it is model.optimizer",
         ),
         (
             {"config": {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}},
-            "trainer.strategy.config.zero_optimization.offload_optimizer: must not be set: "
+            "trainer.strategy.init_args.config.zero_optimization.offload_optimizer: must not be set: "
             "it is not supported here",
         ),
         (
             {"config": {"gradient_clipping": 1.0}},
-            "trainer.strategy.config.gradient_clipping: must not be set: it is trainer.gradient_clip_val",
+            "trainer.strategy.init_args.config.gradient_clipping: must not be set: it is trainer.gradient",
         ),
         (
             {"stage": 1, "config": {"zero_optimization": {"stage": 3}}},
-            "trainer.strategy.config.zero_optimization.stage: is 3, but trainer.strategy.stage is 1",
+            "trainer.strategy.init_args.config.zero_optimization.stage: is 3, but init_args.stage is 1",
         ),
     ],
 )
