@@ -13,6 +13,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from benchmarks.counting import counted
 from memlm.memory import EngramConfig, MemoryConfig, MemoryPlan, PEERConfig
@@ -52,6 +55,9 @@ MODELS: dict[str, MemoryPlan | None] = {
 
 NARROW = ("few of many rows", "Memory+, 2 layers", "bf16 values", "PEER", "Engram")
 """Of these, also measured with bf16 on the wire."""
+
+EACH_BATCH = ("dense", "Memory+, 2 layers")
+"""Of these, also measured with dense gradients sent after every micro-batch."""
 
 EXPERTS: dict[str, MoEConfig] = {
     "experts": MoEConfig(experts=8, routing="token_choice", top_k=2, expert_dim=32),
@@ -96,10 +102,17 @@ def measure(
     optimizer = optimizer_of(model)
     generator = torch.Generator().manual_seed(rank)
     optimizer.zero_grad()
+    split = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    whole_gradients = 0
     with counted() as passes:
-        for _ in range(MICRO_BATCHES):
+        for batch in range(MICRO_BATCHES):
+            last = batch == MICRO_BATCHES - 1
+            for module in split:  # as the strategy's block_backward_sync
+                module.set_requires_gradient_sync(last or not mesh.whole_gradients, recurse=False)
             tokens = torch.randint(VOCAB, (SEQUENCES, LENGTH + 1), generator=generator)
             summed_loss(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+            if not last:
+                whole_gradients = _bytes(_kept_whole(split))
     read = {name: pool.gradient.compact() for name, pool in model.pools.items()}
     own_rows = {
         name: sums.rows[: len(sums.rows) if sums.count is None else int(sums.count)].clone()
@@ -120,10 +133,13 @@ def measure(
     tokens_of_step = SEQUENCES * LENGTH * MICRO_BATCHES
     routed = {index: _routed(counts, mesh, rank) for index, counts in chosen.items()}
     sent = traffic(twin, mesh, tokens_of_step, MICRO_BATCHES, rows, routed=routed)
-    held = rank_memory(twin, optimizer_of(twin), mesh, tokens_of_step)
+    held = rank_memory(twin, optimizer_of(twin), mesh, tokens_of_step, MICRO_BATCHES)
+    really = _held(model, optimizer, buffers)
+    if mesh.whole_gradients:
+        really = replace(really, dense_gradients=whole_gradients)
     return {
         "sent": {"formula": _sent(sent), "counted": {"passes": passes.total, "step": step.total}},
-        "held": {"formula": held.as_dict(), "counted": _held(model, optimizer, buffers).as_dict()},
+        "held": {"formula": held.as_dict(), "counted": really.as_dict()},
     }
 
 
@@ -156,6 +172,16 @@ def _held(model: Transformer, optimizer: MemoryAdamW, row_sums: list[torch.Tenso
     )
 
 
+def _kept_whole(split: list[FSDPModule]) -> Iterator[torch.Tensor]:
+    """Gradients that FSDP2 adds up before it sends them; it shows them nowhere."""
+    for module in split:
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                gradient = parameter._unsharded_param.grad
+                if gradient is not None:
+                    yield gradient
+
+
 def _bytes(tensors: Any) -> int:
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
@@ -177,6 +203,13 @@ def work(groups: list[int]) -> None:
             dist.all_gather_object(found, measure(MODELS[name], mesh, rank))
             rows.append(
                 {"model": f"{name}, bf16 sent", "ranks": ranks, "memory_group": group, "by_rank": found}
+            )
+        for name in EACH_BATCH:
+            found = [None] * ranks
+            mesh = Mesh(ranks, group, True, whole_gradients=False)
+            dist.all_gather_object(found, measure(MODELS[name], mesh, rank))
+            rows.append(
+                {"model": f"{name}, each batch", "ranks": ranks, "memory_group": group, "by_rank": found}
             )
         for name, moe in EXPERTS.items():
             plan = MODELS["Memory+, 2 layers"] if name == "experts, Memory+" else None

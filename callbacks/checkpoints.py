@@ -15,8 +15,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from memlm.errors import CheckpointError
 from memlm.parallel.checkpoint_folder import read_whole
-from memlm.parallel.folder_swap import copy, link, put_in_place
+from memlm.parallel.folder_swap import beside, copy, link, put_in_place, remove
 from memlm.parallel.memory_strategy import MemoryStrategy
 
 
@@ -44,6 +45,7 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.report = None if report is None else Path(report)
         self.best_score: float | None = None
+        self.best_step: int | None = None
         self._saved_step: int | None = None
         self._told_to_end = False
 
@@ -54,6 +56,10 @@ class Checkpoints(Checkpoint):
         if isinstance(trainer.strategy, MemoryStrategy) and trainer.world_size > 1:
             # Lightning's own handler would broadcast, on each rank between other collectives.
             signal.signal(signal.SIGTERM, self._on_sigterm)
+        last = self.directory / "last.ckpt"
+        if trainer.is_global_zero and self.best_step == trainer.global_step and _is(trainer.ckpt_path, last):
+            # The run may have been killed when this was in place, and not yet its second name.
+            self._name_best(trainer.strategy)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not self._active(trainer):
@@ -62,7 +68,7 @@ class Checkpoints(Checkpoint):
         score = float(trainer.callback_metrics.get(self.monitor, math.nan))
         best = score < (math.inf if self.best_score is None else self.best_score)
         if best:
-            self.best_score = score
+            self.best_score, self.best_step = score, trainer.global_step
         self._save(trainer, best)
 
     def on_train_batch_end(
@@ -92,13 +98,13 @@ class Checkpoints(Checkpoint):
             self._save(trainer, best=False)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score}
+        return {"best_score": self.best_score, "best_step": self.best_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # A run that continues another run's checkpoint in a new directory has no best checkpoint of its own
         # yet.
-        if (self.directory / "best.ckpt").exists():
-            self.best_score = state_dict["best_score"]
+        if any((self.directory / name).exists() for name in ("best.ckpt", "last.ckpt")):
+            self.best_score, self.best_step = state_dict["best_score"], state_dict.get("best_step")
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
         self._told_to_end = True
@@ -128,13 +134,17 @@ class Checkpoints(Checkpoint):
         def when_saved() -> None:
             self._record(step, time.perf_counter() - start, waited, _bytes_of(last))
             if best:
-                _second_name(last, self.directory / "best.ckpt", isinstance(strategy, MemoryStrategy))
+                self._name_best(strategy)
 
         if isinstance(strategy, MemoryStrategy):
             strategy.when_saved(when_saved)
         elif trainer.is_global_zero:
             when_saved()
         strategy.barrier("Checkpoints")
+
+    def _name_best(self, strategy: Any) -> None:
+        new_files = isinstance(strategy, MemoryStrategy)
+        _second_name(self.directory / "last.ckpt", self.directory / "best.ckpt", new_files)
 
     def _record(self, step: int, seconds: float, waited: float, size: int) -> None:
         if self.report is None:
@@ -156,8 +166,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(checkpoint, temporary)
+        temporary = beside(path)
+        remove(temporary)  # what a kill has left; several ranks write folders
+        try:
+            torch.save(checkpoint, temporary)
+        except RuntimeError as error:  # torch's, of a full disk too
+            remove(temporary)
+            raise CheckpointError(path, f"cannot be written: {str(error).splitlines()[0]}") from error
         if path.is_dir():  # of a run on several ranks that goes on with one
             put_in_place(temporary, path)
         else:
@@ -169,6 +184,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():
             return read_whole(Path(path), weights_only is None or weights_only)
         return super().load_checkpoint(path, map_location or (lambda storage, loc: storage), weights_only)
+
+
+def _is(path: Any, other: Path) -> bool:
+    return path is not None and other.exists() and Path(path).exists() and other.samefile(path)
 
 
 def _bytes_of(checkpoint: Path) -> int:
@@ -185,13 +204,13 @@ def _second_name(source: Path, target: Path, new_files: bool) -> None:
         new_files: Whether the next checkpoint of the first name has files of its own, if this is a folder.
             Other strategies write into those that are there.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
     if source.is_dir():  # several ranks wrote it
         (link if new_files else copy)(source, target)
         return
     if target.is_dir():
         shutil.rmtree(target)
-    temporary.unlink(missing_ok=True)
+    temporary = beside(target)
+    remove(temporary)
     try:
         os.link(source, temporary)
     except OSError:  # a file system without hard links

@@ -76,8 +76,9 @@ class Samples(Callback):
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         assert self._tokenizer is not None
-        # On every rank: a sharded model needs all of them.
-        with trainer.precision_plugin.forward_context():
+        # On every rank: a sharded model needs all of them, though sums that round differently on another
+        # kind of device may end a rank's texts earlier.
+        with pl_module.ranks_apart(), trainer.precision_plugin.forward_context():
             continuations = generate(
                 pl_module.transformer,
                 self._prompt_ids,

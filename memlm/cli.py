@@ -235,7 +235,10 @@ class CommandLine(LightningCLI):
             strategy = trainer.strategy
             check_pools(self.model.transformer, strategy.group_size, GROUP_KEY)
             check_experts(self.model.transformer, strategy.ranks, strategy.expert_group_size, EXPERT_KEY)
-            trainer.strategy.run_config = flatten(yaml.safe_load(resolved))
+            checkpoint = None if self.checkpoint is None else str(self.checkpoint)
+            strategy.run_config = flatten(yaml.safe_load(resolved)) | {"ckpt_path": checkpoint}
+        elif self.verb == "fit":
+            self.model.check_strategy(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer

@@ -170,6 +170,23 @@ class LanguageModel(pl.LightningModule):
             load_pretrained(self.transformer, self._pretrained.folder, self._pretrained.allow_pickle)
             self._restored = True
 
+    def check_strategy(self, trainer: pl.Trainer) -> None:
+        """Refuse to train memory pools on several processes whose strategy does not exchange their rows.
+
+        Args:
+            trainer: That is to train the model; its processes need not have started.
+
+        Raises:
+            ConfigError: The strategy is none of memlm's.
+        """
+        if self.pools and trainer.world_size > 1 and not isinstance(trainer.strategy, MemoryStrategy):
+            raise ConfigError(
+                "trainer.strategy",
+                f"is {type(trainer.strategy).__name__} with {trainer.world_size} processes; the rows of a "
+                "memory pool are exchanged between processes by memory_parallel, memory_ddp and "
+                "memory_deepspeed alone (configs/parallel/)",
+            )
+
     def _check_trainer(self) -> None:
         if self.trainer.gradient_clip_algorithm not in (None, "norm"):
             raise ConfigError("trainer.gradient_clip_algorithm", "must be norm, the only one there is")
@@ -181,13 +198,7 @@ class LanguageModel(pl.LightningModule):
             )
         if not self.pools:
             return
-        if self.trainer.world_size > 1 and not isinstance(self.trainer.strategy, MemoryStrategy):
-            raise ConfigError(
-                "trainer.strategy",
-                f"is {type(self.trainer.strategy).__name__} with {self.trainer.world_size} processes; the "
-                "rows of a memory pool are exchanged between processes by memory_parallel, memory_ddp and "
-                "memory_deepspeed alone (configs/parallel/)",
-            )
+        self.check_strategy(self.trainer)
         if str(self.trainer.precision).startswith("16"):
             raise ConfigError(
                 "trainer.precision",
@@ -317,7 +328,8 @@ class LanguageModel(pl.LightningModule):
         if not isinstance(strategy, MemoryStrategy) or not strategy.needs_all_ranks:
             yield
             return
-        with in_step(self.transformer, self.trainer.precision_plugin.forward_context):
+        context = self.trainer.precision_plugin.forward_context
+        with strategy.whole_between_passes(), in_step(self.transformer, context):
             yield
 
     def on_predict_epoch_start(self) -> None:

@@ -43,6 +43,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         options.shard_dense == "true",
         options.expert_group,
         torch.bfloat16 if options.wire_dtype else None,
+        options.whole_gradients == "true",
     )
     convert(model, precision)
     optimizer, _ = configure(
@@ -52,8 +53,8 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
         model.values_options,
         max_steps=sys.maxsize,
     )
-    held = rank_memory(transformer, optimizer, mesh, tokens)
     batches = parsed.options.trainer.accumulate_grad_batches
+    held = rank_memory(transformer, optimizer, mesh, tokens, batches)
     sent = traffic(transformer, mesh, tokens, batches, autocast=autocast_dtype(precision))
     found = {
         "name": "+".join(Path(file).stem for file in files) or type(model).__name__,
@@ -68,6 +69,7 @@ def describe(options: argparse.Namespace, files: list[str], words: list[str]) ->
             "wire_dtype": options.wire_dtype,
             "precision": str(precision),
             "tokens": tokens,
+            "micro_batches": batches,
             "bytes": held.as_dict(),
             "sent": sent.as_dict(),
         },

@@ -79,6 +79,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="ranks that share one copy of the experts, each with some; goes with --shard_dense true [1]",
     )
+    add(
+        "--whole_gradients",
+        choices=("true", "false"),
+        default="true",
+        help="whether micro-batches add up whole dense gradients, sent once a step; see --shard_dense [true]",
+    )
     add("--wire_dtype", choices=("bfloat16",), help="what memory's wider numbers are sent as [as they are]")
     add("--precision", metavar="P", help="32-true, bf16-mixed, bf16-true, ... [trainer.precision]")
     add(

@@ -62,6 +62,8 @@ def table(models: list[dict[str, Any]]) -> str:
         ("wire_dtype", "memory's numbers sent as"),
         ("precision", "precision"),
         ("tokens", "tokens in an optimizer step"),
+        ("micro_batches", "micro-batches of it"),
+        ("whole_gradients", "whole gradients added up"),
     ):
         row(name, lambda model, key=key: model["rank"][key], _plain)  # type: ignore[misc]
     for key, name in _BYTES:

@@ -66,6 +66,9 @@ class Mesh:
     """Ranks that share one copy of the experts, each with some of them; divides ranks. 1: not split so."""
     wire_dtype: torch.dtype | None = None
     """What memory's wider floating-point numbers are sent as; None: as they are."""
+    whole_gradients: bool = True
+    """Whether accumulated micro-batches add up whole dense gradients, which are sent once a step; otherwise
+    after each micro-batch. Makes no difference without shard_dense, or without accumulation."""
 
     def __post_init__(self) -> None:
         for name in ("ranks", "memory_group", "expert_group"):
@@ -89,7 +92,7 @@ class RankMemory:
     dense_weights: int
     """All parameters but the value tables."""
     dense_gradients: int
-    """Their gradients."""
+    """Their gradients; of split parameters whole while micro-batches add them up."""
     dense_state: int
     """Their optimizer state: two moments in the parameters' dtype, and a step count each."""
     values: int
@@ -110,7 +113,9 @@ class RankMemory:
         return {**asdict(self), "total": self.total}
 
 
-def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: int) -> RankMemory:
+def rank_memory(
+    model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: int, micro_batches: int = 1
+) -> RankMemory:
     """Count what a rank holds; works on the meta device.
 
     A rank of a memory group of ``G`` holds ``V / G`` columns of every value. What the optimizer keeps for the
@@ -121,6 +126,7 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
         optimizer: Over the model's parameters; its state is made.
         mesh: How they are spread.
         tokens: Tokens of one rank in an optimizer step.
+        micro_batches: Backward passes of a step.
 
     Raises:
         ConfigError: The ranks of a memory group do not divide the elements of a value, or those of an expert
@@ -138,6 +144,13 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
             return tensor.numel() // mesh.ranks * tensor.element_size()
         return share(tensor.shape, mesh.ranks if mesh.shard_dense else 1) * tensor.element_size()
 
+    def gradient(parameter: nn.Parameter) -> int:
+        """Bytes of its gradient where that is largest."""
+        if not mesh.shard_dense or not mesh.whole_gradients or micro_batches == 1:
+            return held(parameter, parameter)
+        of_rank = parameter.numel() // (mesh.expert_group if id(parameter) in experts else 1)
+        return of_rank * parameter.element_size()
+
     group, groups = mesh.memory_group, mesh.ranks // mesh.memory_group
     for name, pool in pools.items():
         if pool.value_dim % group:
@@ -148,7 +161,7 @@ def rank_memory(model: Transformer, optimizer: MemoryAdamW, mesh: Mesh, tokens: 
     reads = reads_per_token(model)
     return RankMemory(
         dense_weights=sum(held(p, p) for p in dense),
-        dense_gradients=sum(held(p, p) for p in dense if p.requires_grad),
+        dense_gradients=sum(gradient(p) for p in dense if p.requires_grad),
         dense_state=sum(held(p, state) for p in dense for state in optimizer.state.get(p, {}).values()),
         values=_bytes((pool.values for pool in pools.values()), 1, group),
         row_gradients=sum(

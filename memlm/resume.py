@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from memlm.errors import CheckpointError, ConfigError
+from memlm.parallel.checkpoint_folder import META
 from memlm.parallel.folder_swap import recover
 from memlm.run_directory import RunFiles
 
@@ -62,7 +63,7 @@ def read_checkpoint(path: Path, weights_only: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: if the file is truncated, is not a checkpoint, or was not written by memlm.
     """
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / META if path.is_dir() else path
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=weights_only, mmap=True)
     except pickle.UnpicklingError as error:

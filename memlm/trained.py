@@ -45,8 +45,9 @@ def load_trained(
 ) -> TrainedModel:
     """Load a model from where training or an export has left it.
 
-    Parameters are mapped from the file and not copied: a table of values larger than memory takes none
-    before its rows are read, unless it is moved to another device.
+    Parameters are mapped from a file and not copied: a table of values larger than memory takes none before
+    its rows are read, unless it is moved to another device. A checkpoint that is a folder, of several ranks,
+    is read into memory, once.
 
     Args:
         path: A run directory, whose last checkpoint is taken; a ``.ckpt`` file; or a folder of ``memlm
@@ -116,10 +117,10 @@ def assign(model: Transformer, state: Mapping[str, Tensor], where: Path) -> None
 
 
 def _from_checkpoint(path: Path, tokenizer: str | None) -> TrainedModel:
-    from memlm.parallel.checkpoint_folder import read_whole
+    from memlm.parallel.checkpoint_folder import is_checkpoint_folder, read_whole
     from memlm.resume import read_checkpoint, resolve_checkpoint
 
-    if path.is_dir() and not (path / "meta.pt").exists():
+    if path.is_dir() and not is_checkpoint_folder(path):
         if not (path / "checkpoints").is_dir():
             raise CheckpointError(
                 path, "is neither a run directory (no checkpoints/) nor an exported folder (no config.json)"

@@ -125,7 +125,9 @@ def claims_of(trainer: Any, strategy: Any, config: dict[str, Any]) -> dict[str, 
         if not key.startswith("_") and (value is None or isinstance(value, (bool, int, float, str))):
             claims[f"trainer.strategy.init_args.{key}"] = value
     seed = os.environ.get("PL_GLOBAL_SEED")
-    claims |= {"ckpt_path": trainer.ckpt_path, "seed_everything": seed and int(seed)}
+    # The Trainer knows what fit has been given only once it loads it.
+    checkpoint = trainer.ckpt_path or config.get("ckpt_path")
+    claims |= {"ckpt_path": checkpoint, "seed_everything": seed and int(seed)}
     return claims | _of_data(trainer.datamodule)
 
 

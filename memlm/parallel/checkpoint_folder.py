@@ -8,6 +8,7 @@ size, reads what it needs; so does one process without a process group.
 import io
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from memlm.errors import CheckpointError
 from memlm.optim import MemoryAdamW
 from memlm.optim.row_state import OptimizerStateError, check_saved, load_saved, owe_from_now
-from memlm.parallel.folder_swap import fresh_beside, put_in_place
-from memlm.parallel.sharded_checkpoint import read_tensors
+from memlm.parallel.folder_swap import beside, fresh_beside, put_in_place
+from memlm.parallel.sharded_checkpoint import read_metadata, read_tensors
 
 META = "meta.pt"
 WEIGHTS, OPTIMIZER = "state_dict.", "optimizer_0.state."
@@ -98,12 +99,14 @@ class Snapshot:
         Raises:
             CheckpointError: See :func:`save`.
         """
-        folder = path.with_name(f".{path.name}.tmp")
+        folder = beside(path)
         _on_first_rank(lambda: fresh_beside(path), path, group)
         try:
             dcp.save(self.tensors, checkpoint_id=folder, process_group=group)
         except CheckpointException as error:  # no Exception, though what has failed is one
             rank, (reason, _) = next(iter(error.failures.items()))
+            if dist.get_rank() == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
             raise CheckpointError(path, f"cannot be written: rank {rank}: {_line(reason)}") from error
 
         def put() -> None:
@@ -111,6 +114,7 @@ class Snapshot:
                 file.write(self._meta.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
+            _check_complete(folder)
             put_in_place(folder, path)
 
         _on_first_rank(put, path, group)
@@ -122,11 +126,22 @@ def _on_first_rank(action: Callable[[], Any], path: Path, group: dist.ProcessGro
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             failure = [_line(error)]
     dist.broadcast_object_list(failure, src=0, group=group)
     if failure[0] is not None:
         raise CheckpointError(path, f"cannot be written: {failure[0]}")
+
+
+def _check_complete(folder: Path) -> None:
+    """See that what all ranks have written is here: they may be on nodes with file systems of their own."""
+    parts = (read_metadata(folder).storage_data or {}).values()
+    for name in sorted({part.relative_path for part in parts}):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                folder,
+                f"lacks {name}, which another process has written: all nodes must share {folder.parent}",
+            )
 
 
 def _line(error: BaseException) -> str:
@@ -136,7 +151,7 @@ def _line(error: BaseException) -> str:
 def save_file(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as a single device's: whole tensors, on rank 0; on other ranks without tensors.
 
-    Every rank must call this. Rank 0 needs memory for all of it.
+    Every rank must call this. Rank 0 needs memory for all of it, others for the largest tensor.
     """
     first = dist.get_rank() == 0
 

@@ -31,6 +31,8 @@ _OURS = {
     "scheduler": "is model.optimizer.schedule",
     "gradient_clipping": "is trainer.gradient_clip_val",
     "gradient_accumulation_steps": "is trainer.accumulate_grad_batches",
+    "train_batch_size": "follows from data.init_args.batch_size",
+    "train_micro_batch_size_per_gpu": "is data.init_args.batch_size",
     "fp16": "is trainer.precision",
     "bf16": "is trainer.precision",
     "torch_autocast": "is trainer.precision",
@@ -120,6 +122,21 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
         self._zero: ZeroState | None = None
         self._optimizer: ZeroAdamW | None = None
 
+    @property
+    def needs_all_ranks(self) -> bool:
+        """Whether no rank can run the model without the others."""
+        return super().needs_all_ranks or (self.ranks > 1 and self.stage == 3)
+
+    def whole_between_passes(self) -> AbstractContextManager[Any]:
+        """Within it all dense parameters are whole on every rank: stage 3 would gather each where it is used,
+        the output layer's as often as that is called.
+        """
+        if self.stage != 3:
+            return nullcontext()
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        return unwrap_model_for_generation(self.model)
+
     # -- start
 
     def setup_distributed(self) -> None:
@@ -148,7 +165,7 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
         self._fit_buckets()
         pools = module.pools.values()
         if fitting:
-            if module.trainer.ckpt_path is None:
+            if module.trainer.ckpt_path is None and self.run_config.get("ckpt_path") is None:
                 module.take_pretrained()  # while parameters are whole
             optimizer, schedule = self._init_optimizers()
             assert isinstance(optimizer, ZeroAdamW)
@@ -171,14 +188,15 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
 
         module: Any = self.lightning_module
         index = self.root_device.index
-        return deepspeed.initialize(
-            args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
-            config=self.config,
-            model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad] if optimizer else [],
-            optimizer=optimizer,
-            dist_init_required=False,
-        )[0]
+        with named_options():
+            return deepspeed.initialize(
+                args=argparse.Namespace(device_rank=self.local_rank if index is None else index),
+                config=self.config,
+                model=module,
+                model_parameters=[p for p in module.parameters() if p.requires_grad] if optimizer else [],
+                optimizer=optimizer,
+                dist_init_required=False,
+            )[0]
 
     def _dense(self) -> list[torch.nn.Parameter]:
         module: Any = self.lightning_module
@@ -262,6 +280,27 @@ class MemoryDeepSpeedStrategy(MemoryStrategy, _OnAnyDevice):
         return rest
 
 
+@contextmanager
+def named_options() -> Iterator[None]:
+    """Within it an option that DeepSpeed does not know, or whose value it refuses, is an error of the user's.
+
+    Raises:
+        ConfigError: Names the option, what DeepSpeed found, and which of its sections has it.
+    """
+    from pydantic import ValidationError  # which DeepSpeed needs
+
+    try:
+        yield
+    except ValidationError as error:
+        first = error.errors()[0]
+        section = "zero_optimization." if error.title == "DeepSpeedZeroConfig" else ""
+        key = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"{CONFIG_KEY}.{section}{key}",
+            f"is {first['input']!r}, which DeepSpeed refuses: {first['msg']} ({error.title})",
+        ) from error
+
+
 def _choose_accelerator(device: str) -> None:
     """DeepSpeed takes the GPUs that it finds, whatever the Trainer was told."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -288,10 +327,13 @@ def _check(own: Mapping[str, Any], stage: int) -> None:
         for refused, reason in _OURS.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise ConfigError(f"{CONFIG_KEY}.{refused}", f"must not be set: it {reason}")
-        if key == "zero_optimization.stage" and value != stage:
+        if key == "data_types.grad_accum_dtype" and stage == 1:
             raise ConfigError(
-                f"{CONFIG_KEY}.{key}", f"is {value}, but init_args.stage is {stage}"
+                f"{CONFIG_KEY}.{key}",
+                "must not be set with init_args.stage 1, under which another optimizer may replace ZeRO",
             )
+        if key == "zero_optimization.stage" and value != stage:
+            raise ConfigError(f"{CONFIG_KEY}.{key}", f"is {value}, but init_args.stage is {stage}")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -35,14 +35,14 @@ class FolderCheckpoints(ParallelStrategy):
             raise ConfigError(
                 _ASYNCHRONOUS_KEY, "is true, which needs save_distributed_checkpoint: true, that is false"
             )
-        self._one_folder = save_distributed_checkpoint
-        self._asynchronous_save = asynchronous_save
+        self.save_distributed_checkpoint = save_distributed_checkpoint
+        self.asynchronous_save = asynchronous_save
         self._save_group: dist.ProcessGroup | None = None
         self._saving: BackgroundSave | None = None
 
     def prepare_saving(self) -> None:
         """Once processes have started; every rank must call this."""
-        if self._asynchronous_save:  # which takes place beside the collectives of training
+        if self.asynchronous_save:  # which takes place beside the collectives of training
             self._save_group = dist.new_group(backend="gloo")
 
     @property
@@ -75,11 +75,11 @@ class FolderCheckpoints(ParallelStrategy):
         """
         path = Path(self.broadcast(str(filepath)))
         self.finish_saving()
-        if self._asynchronous_save:
+        if self.asynchronous_save:
             snapshot = checkpoint_folder.Snapshot(checkpoint, copy=True)
             self._saving = BackgroundSave(partial(snapshot.write, path, self._save_group))
             return
-        if self._one_folder:
+        if self.save_distributed_checkpoint:
             checkpoint_folder.save(checkpoint, path)
             return
         whole = checkpoint_folder.save_file(checkpoint)
@@ -135,6 +135,5 @@ class FolderCheckpoints(ParallelStrategy):
         """Nothing: :meth:`load_checkpoint` has filled the optimizer's state."""
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        """Remove a checkpoint, a file or a folder."""
-        if self.is_global_zero:
-            remove(Path(filepath))
+        """Remove a checkpoint, a file or a folder, once the latest, which may replace it, is in place."""
+        self.when_saved(partial(remove, Path(filepath)))

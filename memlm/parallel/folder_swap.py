@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -10,10 +11,15 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def fresh_beside(target: Path) -> Path:
     """An empty folder beside a name, for what is to become ``target`` by :func:`put_in_place`."""
-    folder = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = beside(target)
+    remove(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def beside(target: Path) -> Path:
+    """Where what is to become ``target`` is written; a kill may leave a file or a folder there."""
+    return target.with_name(f".{target.name}.tmp")
 
 
 def put_in_place(folder: Path, target: Path) -> None:
@@ -38,7 +44,8 @@ def recover(target: Path) -> None:
     """If a kill fell between the two renames of :func:`put_in_place`, give the old content its name back."""
     old = _old(target)
     if old.exists() and not target.exists():
-        os.rename(old, target)
+        with suppress(FileNotFoundError):  # another process of the same run has done it
+            os.rename(old, target)
 
 
 def link(source: Path, target: Path) -> None:

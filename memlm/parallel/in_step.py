@@ -16,13 +16,12 @@ from memlm.transformer.recomputation import unrecorded
 
 
 @contextmanager
-@torch.no_grad()
 def in_step(model: Transformer, context: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
     """Within it ranks may run a split model on different inputs, and different numbers of times.
 
     Before each forward pass, ranks tell each other how many tokens they have. What a memory group exchanges
     is padded to the most of all ranks. A rank that leaves the block stays to run the model on a single token
-    for as long as others go on. Gradients are not made.
+    for as long as others go on. No gradients are made in it.
 
     Args:
         model: Split over all ranks, each of which must enter the block.
@@ -32,9 +31,10 @@ def in_step(model: Transformer, context: Callable[[], AbstractContextManager[Any
     before = model.register_forward_pre_hook(steps.begin, prepend=True)
     after = model.register_forward_hook(steps.end, always_call=True)
     try:
-        yield
-        with evaluating(model), unrecorded([model]), context():
-            steps.wait()
+        with torch.no_grad():
+            yield
+            with evaluating(model), unrecorded([model]), context():
+                steps.wait()
     finally:
         before.remove()
         after.remove()

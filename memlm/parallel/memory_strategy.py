@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -97,6 +98,13 @@ class MemoryStrategy(FolderCheckpoints):
     def needs_all_ranks(self) -> bool:
         """Whether no rank can run the model without the others."""
         return self.ranks > 1 and (self.shards_dense or self.group_size > 1)
+
+    def whole_between_passes(self) -> AbstractContextManager[Any]:
+        """Within it parts of the model can be called at will between forward passes of the whole.
+
+        All ranks must enter it.
+        """
+        return nullcontext()  # FSDP2's outermost parameters, the output layer's among them, stay whole
 
     def setup_environment(self) -> None:
         """Start the processes' communication."""

@@ -3,7 +3,8 @@
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -49,7 +50,8 @@ def place(
 
     Args:
         model: The same on all ranks. Made within :func:`memlm.memory.pool.values_without_memory`, it draws
-            the initial values that it would have had; no rank then ever holds a whole table.
+            the initial values that it would have had, those of the first rank; no rank then ever holds a
+            whole table. A GPU draws them itself: others than a CPU, but the same for any number of ranks.
         mesh: Of the value tables.
         device: Where to.
         dtype: Of all parameters from now on; default: each keeps its own.
@@ -68,8 +70,8 @@ def place(
         _connect(pool, mesh, wire_dtype)
     model.to(device)
     if model.drawn_from is not None:
-        with torch.random.fork_rng(devices=()):
-            torch.set_rng_state(model.drawn_from)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
+            _draw_alike(model.drawn_from, device)
             initialise(model)
         model.drawn_from = None
     if dtype is not None:  # drawn in the dtypes of a model on one device, which is converted later, too
@@ -77,6 +79,20 @@ def place(
     synchronise(model)
     if shard_dense:
         _shard(model, mesh.mesh, [pool.values for pool in pools.values()], expert_group)
+
+
+def _draw_alike(state: Tensor, device: torch.device) -> None:
+    """Have all ranks draw what the first one does, whether or not they have been seeded alike.
+
+    Args:
+        state: Of this rank's generator of the CPU.
+        device: Whose generator draws.
+    """
+    state = state.to(device)
+    dist.broadcast(state, 0)
+    torch.set_rng_state(state.cpu())
+    if device.type == "cuda":
+        torch.cuda.manual_seed(int(torch.randint(2**62, ())))
 
 
 def _split(pool: MemoryPool, mesh: MemoryMesh, device: torch.device, dtype: torch.dtype | None) -> None:

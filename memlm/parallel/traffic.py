@@ -123,7 +123,8 @@ def traffic(
         model: In the dtypes that it trains in, not yet split.
         mesh: How it is spread.
         tokens: Tokens of one rank in an optimizer step, ``N``.
-        micro_batches: Forward passes of a step; split parameters are gathered anew in each.
+        micro_batches: Forward passes of a step; split parameters are gathered anew in each, and unless the
+            mesh says ``whole_gradients``, their gradients scattered.
         rows: Rows exchanged, of each pool; otherwise at most, as :meth:`Rows.at_most` has it.
         autocast: What autocast computes products in, None for none.
         routed: Rows that experts exchange, of each block; otherwise those of even loads.
@@ -223,7 +224,7 @@ def _dense(model: Transformer, tables: set[int], mesh: Mesh, micro_batches: int)
         times = 1 if unit is model else 2
         weights += times * gathered(sum(_share(p, mesh.ranks) for p in own), mesh.ranks)
         gradients += gathered(sum(_share(p, mesh.ranks) for p in own if p.requires_grad), mesh.ranks)
-    return weights * micro_batches, gradients * micro_batches
+    return weights * micro_batches, gradients * (1 if mesh.whole_gradients else micro_batches)
 
 
 def _batch_norms(model: nn.Module, mesh: Mesh) -> float:

@@ -78,16 +78,6 @@ class Watch:
         except RuntimeError:
             return False
 
-    def wait_for_end(self, seconds: float) -> None:
-        """Wait until the store is gone, with the process that has it."""
-        until = time.monotonic() + seconds
-        try:
-            while time.monotonic() < until:
-                self._store.check(["refused"])
-                time.sleep(0.05)
-        except RuntimeError:
-            pass
-
     def explain(self, error: BaseException) -> str | None:
         """What another rank's end has to do with an error of this one; looks for some seconds.
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,18 @@ from memlm.huggingface import read_architecture
 from memlm.memory import EngramConfig, MemoryConfig, PEERConfig
 from memlm.memory.pool import values_without_memory
 from memlm.optim import OptimizerConfig, ScheduleConfig, ValuesOptimizerConfig
+from memlm.parallel.deepspeed_strategy import MemoryDeepSpeedStrategy
 from memlm.parallel.strategy import MemoryDDPStrategy, MemoryParallelStrategy
 from memlm.pretrained import PretrainedConfig
 from memlm.run_directory import RunFiles
 from memlm.trainer_rules import quiet
 from memlm.transformer import MoEConfig, TransformerConfig
 
-STRATEGIES = {"memory_parallel": MemoryParallelStrategy, "memory_ddp": MemoryDDPStrategy}
+STRATEGIES = {
+    "memory_parallel": MemoryParallelStrategy,
+    "memory_ddp": MemoryDDPStrategy,
+    "memory_deepspeed": MemoryDeepSpeedStrategy,
+}
 MEMORIES = {"MemoryLM": MemoryConfig, "PEERLM": PEERConfig, "EngramLM": EngramConfig}
 SMALL = {"half_keys": 9, "heads": 2, "reads": 4, "key_dim": 8, "layers": [1]}
 CONSTANT = ScheduleConfig(shape="constant")
@@ -216,9 +222,19 @@ def parameters(model: memlm.LanguageModel) -> dict[str, torch.Tensor]:
     """Whole, wherever their parts are."""
     found = {}
     for name, parameter in model.transformer.named_parameters():
-        whole: Any = parameter.detach()
+        with gathered(parameter):
+            whole: Any = parameter.detach().clone()
         found[name] = whole.full_tensor() if hasattr(whole, "full_tensor") else whole
     return found
+
+
+def gathered(parameter: torch.nn.Parameter) -> AbstractContextManager[Any]:
+    """Within it a parameter is whole that ZeRO has split."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameter)
 
 
 def dtypes(trainer: pl.Trainer) -> list[str]:

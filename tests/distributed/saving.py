@@ -3,6 +3,7 @@
 torchrun --nproc_per_node 2 tests/distributed/saving.py FOLDER
 """
 
+import resource
 import sys
 import time
 from functools import partial
@@ -58,23 +59,40 @@ def main(folder):
 
     # What cannot be written is said on all ranks; what was there is there.
     dist.barrier()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for attempt in (
+        partial(save, checkpoint(), folder / "first"),
+        partial(Snapshot(checkpoint()).write, folder / "first", group),
+    ):
+        if rank == 1:  # as where its disk is full
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        said = failure(attempt)
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert said.startswith(f"{folder}/first: cannot be written: rank 1: "), said
+    own_folder = folder / f"node {rank}"  # no file system that nodes share
+    said = failure(partial(save, checkpoint(), own_folder / "first"))
+    assert f"lacks __1_0.distcp, which another process has written: all nodes must share {folder}" in said
+    assert not (own_folder / "first").exists()
+    assert torch.equal(read_whole(folder / "first")["state_dict"]["values"], expected)
+
+    # What a single device has left in the way is removed.
     if rank == 0:
         (folder / ".first.tmp").write_text("in the way")
     dist.barrier()
-    for attempt in (partial(save, checkpoint(), folder / "first"), Snapshot(checkpoint()).write):
-        try:
-            attempt() if isinstance(attempt, partial) else attempt(folder / "first", group)
-        except CheckpointError as error:
-            assert (
-                str(error)
-                == f"{folder}/first: cannot be written: [Errno 17] File exists: '{folder}/.first.tmp'"
-            )
-        else:
-            raise AssertionError("nothing was raised")
-    assert torch.equal(read_whole(folder / "first")["state_dict"]["values"], expected)
+    save(checkpoint(), folder / "first")
+    assert torch.equal(read_whole(folder / "first")["state_dict"]["values"], split.full_tensor())
     dist.barrier()
     print("good", flush=True)
     dist.destroy_process_group()
+
+
+def failure(attempt):
+    """What is said of a checkpoint that cannot be written; the same on all ranks."""
+    try:
+        attempt()
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
 
 
 if __name__ == "__main__":

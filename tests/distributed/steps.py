@@ -33,7 +33,7 @@ ROWS, LENGTH, VOCAB = 8, 12, 40
 
 def train(case: dict[str, Any], group: int | None, rank: int, world: int) -> list[float]:
     """Losses of each step, over all ranks; last, the sum of the absolute values of the tables."""
-    torch.manual_seed(0)
+    torch.manual_seed(rank if case.get("seeded_by_rank") else 0)
     plan = CONFIGS[case.get("kind", "memory")](**case.get("memory", MEMORY))
     if case.get("tucker"):
         plan.tucker = TuckerConfig(rank=2)

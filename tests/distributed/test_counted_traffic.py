@@ -2,14 +2,14 @@
 
 import pytest
 
-from benchmarks.traffic import EXPERTS, MODELS, NARROW, difference, launch
+from benchmarks.traffic import EACH_BATCH, EXPERTS, MODELS, NARROW, difference, launch
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks,groups", [(2, [1, 2]), (4, [1, 2, 4])])
 def test_counted_bytes_are_those_of_the_formulas(ranks, groups):
     rows = launch(ranks, groups)
-    assert len(rows) == len(groups) * (len(MODELS) + len(NARROW) + len(EXPERTS))
+    assert len(rows) == len(groups) * (len(MODELS) + len(NARROW) + len(EACH_BATCH) + len(EXPERTS))
     for row in rows:
         name = f"{row['model']}, {ranks} ranks in groups of {row['memory_group']}"
         for of_rank in row["by_rank"]:

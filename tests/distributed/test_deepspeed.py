@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from cli_runs import CONFIG, ONE, TWO, Place
 from test_fit import assert_equal
+from test_options import close, results_of, start
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.distributed
@@ -144,6 +145,38 @@ def test_other_options(runs):
             assert found == pytest.approx(expected, rel=1e-2)
         else:
             assert_same_losses(runs, f"{name}_{kind}", name)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_tasks_of_which_ranks_have_unequal_shares(tmp_path, group):
+    options = {"stage": 3, "memory_group": group, "config": SPLIT_ALL}
+    case = {"callbacks": True, "strategy": "memory_deepspeed", "of_strategy": options}
+    one, two = (results_of(start({"tasks": case}, tmp_path / str(ranks), ranks))["tasks"] for ranks in (1, 2))
+    assert any(metric.startswith("piqa") or "piqa/" in metric for metric in one["logged"])
+    close(two["logged"], one["logged"], "tasks")
+
+
+def test_a_pretrained_model_is_needed_only_at_the_start(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=2000, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    folder = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    options = {key: value for key, value in CONFIG["model"]["init_args"].items() if key != "transformer"}
+    options["memory"] = options["memory"] | {"mode": "beside", "start_at_zero": True}
+    options["pretrained"] = {"folder": str(folder), "train": "everything"}
+    runs = Runs(tmp_path, CONFIG | {"model": {"class_path": "memlm.MemoryLM", "init_args": options}})
+    steps = [f"--trainer.{key}" for key in ("max_steps", "val_check_interval")]
+    half, whole = ([word for step in steps for word in (step, number)] for number in ("2", "4"))
+    runs.several(1, [["fit", "one", *ONE, *whole]])
+    runs.several(2, [["fit", "half", *STAGES["zero3"], *half]])
+    folder.rename(tmp_path / "elsewhere")
+    runs.several(2, [["fit", "on", *STAGES["zero3"], *whole, *runs.resume("half")]])
+    assert runs.column("half", "train/loss") + runs.column("on", "train/loss") == pytest.approx(
+        runs.column("one", "train/loss"), rel=1e-5
+    )
 
 
 def test_dense_models(tmp_path):

@@ -108,7 +108,7 @@ def test_refuses_a_mesh_that_does_not_divide(place, words, message):
     assert not (place.runs / "refused").exists()
 
 
-@pytest.mark.parametrize("overlay", ["ddp", "fsdp"])
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp", "deepspeed"])
 def test_dense_models(tmp_path, overlay):
     options = CONFIG["model"]["init_args"]
     dense = {"transformer": options["transformer"], "optimizer": options["optimizer"]}

@@ -15,6 +15,7 @@ CASES = {
     "decay": {"values": {"weight_decay": 0.1}, "settle": True},
     "clipped together": {"values": {"clip": "global"}, "clip": 0.5},
     "few rows": {"memory": SMALL | {"half_keys": 40}},
+    "seeded by rank": {"seeded_by_rank": True},
     "row-wise, caught up": {"values": {"method": "adamw_rowwise", "moments": "caught_up"}},
 }
 

@@ -95,6 +95,11 @@ def error(memlm, capsys):
         ("--trainer.gradient_clip_val -1", ["trainer.gradient_clip_val", "-1"]),
         ("--trainer.gradient_clip_algorithm value", ["trainer.gradient_clip_algorithm", "must be norm"]),
         ("--trainer.strategy nonsense", ["trainer", "nonsense"]),
+        ("--trainer.devices 2", ["trainer.strategy", "is DDPStrategy with 2 processes", "memory_parallel"]),
+        (
+            "--trainer.devices 2 --trainer.strategy deepspeed",
+            ["trainer.strategy", "is DeepSpeedStrategy with 2 processes", "memory_deepspeed"],
+        ),
         ("--model.memory.half_keys 10000000", ["model.memory.half_keys", "GiB"]),
         ("--run.root tiny.yaml", ["tiny.yaml", "Not a directory"]),
         ("--trainer.limit_train_batches 2", ["trainer.limit_train_batches", "trainer.max_steps"]),

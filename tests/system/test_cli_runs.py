@@ -37,6 +37,7 @@ def test_fit_fills_one_directory(memlm, folder, capsys):
         "config.yaml",
         "environment.json",
         "model.json",
+        "checkpoints.csv",
         "metrics.csv",
         "checkpoints",
         "events",
@@ -105,7 +106,7 @@ def test_fresh_fit_refuses_a_used_directory(memlm, fitted, capsys):
     before = {path: path.read_bytes() for path in fitted.rglob("*") if path.is_file()}
     assert memlm(*FIT) == 2
     message = capsys.readouterr().err
-    assert "run.name: runs/tiny already holds checkpoints, config.yaml" in message
+    assert "run.name: runs/tiny already holds checkpoints, checkpoints.csv, config.yaml" in message
     assert "--run.name" in message and "--ckpt_path last" in message
     assert {path: path.read_bytes() for path in fitted.rglob("*") if path.is_file()} == before
 
@@ -210,6 +211,7 @@ def test_another_logger_stands_beside_metrics_csv(memlm, folder):
         "config.yaml",
         "environment.json",
         "model.json",
+        "checkpoints.csv",
         "metrics.csv",
         "checkpoints",
     }

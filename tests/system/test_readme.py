@@ -179,3 +179,42 @@ def test_the_five_commands_of_the_data_page(clone):
         bash(command, clone)
     measured = json.loads((clone / "runs" / "pretrain" / "test.json").read_text())
     assert 0 < measured["test/bits_per_byte"] < 20
+
+
+SHORT = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.accelerator cpu"
+
+
+def commands_of(page: str) -> list[str]:
+    blocks = find_blocks((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    return [command.replace("\\\n", " ") for block in blocks if not block.kind for command in block.commands]
+
+
+@pytest.mark.distributed
+def test_the_commands_of_the_scaling_page(clone):
+    """Those of one machine train for some steps; of one for several machines the options are checked."""
+    launchers = []
+    for number, command in enumerate(commands_of("scaling.md")):
+        launcher, *words = shlex.split(command)
+        launchers.append(launcher)
+        if launcher == "memlm":
+            bash(f"{command} {SHORT} --run.name scaling{number}", clone)
+            assert (clone / "runs" / f"scaling{number}" / "checkpoints" / "last.ckpt").exists()
+        else:
+            options = shlex.join(words[words.index("fit") :]).replace("C.yaml", "configs/quickstart.yaml")
+            bash(f"memlm {options} --print_config", clone)
+    assert launchers == ["memlm", "memlm", "torchrun"]
+
+
+@pytest.mark.distributed
+def test_the_commands_of_the_checkpoints_page(clone):
+    """From a run on two processes to one file, training on one, text and an exported folder."""
+    overlay = "--config configs/parallel/memory_parallel.yaml --trainer.devices 2"
+    bash(f"memlm fit --config configs/quickstart.yaml {overlay} {SHORT} --run.name pages", clone)
+    commands = commands_of("checkpoints.md")
+    assert [shlex.split(command)[1] for command in commands] == ["consolidate", "fit", "generate", "export"]
+    for command in commands:
+        for placeholder, text in {r"\bNAME\b": "pages", r"\bNEW\b": "pages_on", r"\bN$": "6"}.items():
+            command = re.sub(placeholder, text, command)
+        bash(command.replace('"..."', '"works as"'), clone)  # words that the run's tokenizer has
+    assert (clone / "runs" / "pages_on" / "checkpoints" / "last.ckpt").is_file()
+    assert (clone / "exported" / "pages" / "config.json").exists()

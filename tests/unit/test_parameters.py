@@ -274,6 +274,16 @@ def test_errors_are_one_line(error, words, parts):
         assert part in message
 
 
+def test_the_page_shows_what_is_printed(monkeypatch, capsys):
+    """The second command of docs/counting.md, and the table under it."""
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "counting.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(root)
+    command = page.split("    memlm params ")[2].split("\n\n")[0].replace("\\\n", " ")
+    assert main(["params", *command.split()]) == 0
+    assert capsys.readouterr().out == page.split("```\n")[1]
+
+
 def test_help_needs_no_torch():
     program = (
         "import sys\n"

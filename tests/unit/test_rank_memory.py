@@ -166,6 +166,21 @@ def test_a_mesh_splits_by_torch_s_own_chunks(mesh, method):
     )
 
 
+@pytest.mark.parametrize("group", [1, 2])
+def test_accumulated_gradients_are_whole(group):
+    model = build(moe=MoEConfig(experts=4))
+    optimizer = optimizer_of(model)
+    experts = sum(p.numel() for layer in model.experts.values() for p in (layer.gate_up, layer.down))
+    others = sum(p.numel() for p in model.parameters()) - experts
+    mesh = {"ranks": 4, "shard_dense": True, "expert_group": group}
+    whole = rank_memory(model, optimizer, Mesh(**mesh), 1, micro_batches=2)
+    assert whole.dense_gradients == 4 * (others + experts // group)
+    parts = rank_memory(model, optimizer, Mesh(**mesh, whole_gradients=False), 1, micro_batches=2)
+    at_once = rank_memory(model, optimizer, Mesh(**mesh), 1)
+    assert parts == at_once
+    assert parts.dense_gradients < whole.dense_gradients / 3 * group
+
+
 def test_reads_are_counted_over_all_layers_of_a_pool():
     memory = MemoryConfig(**MEMORY | {"layers": [0, 1, 2]}, layer_pools=["a", "b", "a"])
     assert reads_per_token(build(memory, device="meta")) == {"a": 30, "b": 15}

@@ -1,3 +1,5 @@
+import os
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.checkpoints import AtomicCheckpointIO, Checkpoints
+from memlm.errors import CheckpointError
 
 
 class FakeTrainer:
@@ -19,6 +22,7 @@ class FakeTrainer:
         self.state = SimpleNamespace(fn=TrainerFn.FITTING)
         self.strategy = SimpleNamespace(barrier=lambda name: None)
         self.saves = 0
+        self.ckpt_path = None
 
     def save_checkpoint(self, path, weights_only):
         assert weights_only is False
@@ -101,6 +105,19 @@ def test_best_score_continues_over_a_resume(tmp_path, trainer):
     assert steps(tmp_path) == {"last": 8, "best": 4}
 
 
+def test_best_gets_its_name_though_a_kill_came_before(tmp_path, trainer):
+    callback = Checkpoints(tmp_path)
+    validate(callback, trainer, 2, 3.0)
+    validate(callback, trainer, 4, 2.0)
+    os.remove(tmp_path / "best.ckpt")
+    for path, expected in (("best.ckpt", {"last": 4}), ("last.ckpt", {"last": 4, "best": 4})):
+        resumed = Checkpoints(tmp_path)
+        resumed.load_state_dict(callback.state_dict())
+        trainer.ckpt_path = tmp_path / path
+        resumed.on_train_start(trainer, None)
+        assert steps(tmp_path) == expected
+
+
 def test_a_run_in_a_new_directory_gets_a_best_of_its_own(tmp_path, trainer):
     resumed = Checkpoints(tmp_path / "new")
     resumed.load_state_dict({"best_score": 1.0})
@@ -119,6 +136,28 @@ def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path):
     with pytest.raises(Exception, match="pickle"):
         AtomicCheckpointIO().save_checkpoint({"step": lambda: 2}, path)
     assert torch.load(path) == {"step": 1}
+
+
+def test_leftovers_of_ranks_that_were_killed_are_not_in_the_way(tmp_path, trainer):
+    for name in ("last", "best"):
+        (tmp_path / f".{name}.ckpt.tmp").mkdir()
+        (tmp_path / f".{name}.ckpt.tmp" / "__0_0.distcp").write_text("a part")
+    validate(Checkpoints(tmp_path), trainer, 2, 1.0)
+    assert steps(tmp_path) == {"last": 2, "best": 2}
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.ckpt: cannot be written: .*"):
+            AtomicCheckpointIO().save_checkpoint({"weights": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_without_hard_links_best_is_a_copy(tmp_path, trainer, monkeypatch):

@@ -79,7 +79,9 @@ def outputs_of(model: Transformer, tokens: list[int], block: int) -> torch.Tenso
     if getattr(memory, "convolution_norm", None) is not None:
         hook = memory.convolution_norm.register_forward_pre_hook(lambda _, given: found.append(given[0]))
     else:
-        hook = memory.register_forward_hook(lambda _, given, output: found.append(output))
+        hook = memory.register_forward_hook(
+            lambda _, given, output: found.append(output if torch.is_tensor(output) else output[0])
+        )
     model(torch.tensor([tokens]))
     hook.remove()
     return found[0][0]

@@ -93,6 +93,8 @@ def test_claims_of_a_trainer():
     assert claims["data (fingerprint of its files and options)"] == "abc"
     assert not any("_own_rank" in key or key.endswith(".model") for key in claims)
     assert list(claims)[:2] == ["memlm", "torch"]
+    assert claims["ckpt_path"] is None
+    assert claims_of(trainer, strategy, {"ckpt_path": "last.ckpt"})["ckpt_path"] == "last.ckpt"
 
 
 def test_said_before(monkeypatch):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from memlm.errors import ConfigError
-from memlm.parallel.deepspeed_strategy import MemoryDeepSpeedStrategy
+from memlm.parallel.deepspeed_strategy import MemoryDeepSpeedStrategy, named_options
 from memlm.parallel.memory_strategy import splits_memory
 
 
@@ -45,8 +45,19 @@ def deepspeed():
             "it is not supported here",
         ),
         (
+            {"config": {"train_batch_size": 8}},
+            "trainer.strategy.init_args.config.train_batch_size: must not be set: "
+            "it follows from data.init_args.batch_size",
+        ),
+        (
             {"config": {"gradient_clipping": 1.0}},
-            "trainer.strategy.init_args.config.gradient_clipping: must not be set: it is trainer.gradient",
+            "trainer.strategy.init_args.config.gradient_clipping: must not be set: "
+            "it is trainer.gradient_clip_val",
+        ),
+        (
+            {"stage": 1, "config": {"data_types": {"grad_accum_dtype": "fp32"}}},
+            "trainer.strategy.init_args.config.data_types.grad_accum_dtype: must not be set with "
+            "init_args.stage 1, under which another optimizer may replace ZeRO",
         ),
         (
             {"stage": 1, "config": {"zero_optimization": {"stage": 3}}},
@@ -68,7 +79,24 @@ def test_options_of_a_file_go_over_the_defaults(deepspeed, tmp_path):
     assert config["zero_optimization"]["stage"] == 1
     assert config["steps_per_print"] == 3
     path.write_text("[")
-    with pytest.raises(ConfigError, match=r"^trainer\.strategy\.config: is .*deepspeed\.json, which cannot"):
+    with pytest.raises(
+        ConfigError, match=r"^trainer\.strategy\.init_args\.config: is .*deepspeed\.json, which cannot"
+    ):
         MemoryDeepSpeedStrategy(config=str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         MemoryDeepSpeedStrategy(config=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("stage3_param_persistance_threshold", 0, "is 0, which DeepSpeed refuses: Extra inputs"),
+        ("reduce_bucket_size", "large", "is 'large', which DeepSpeed refuses: "),
+    ],
+)
+def test_names_an_option_that_deepspeed_refuses(deepspeed, option, value, message):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    key = f"trainer.strategy.init_args.config.zero_optimization.{option}"
+    with pytest.raises(ConfigError, match=f"^{key}: {message}"), named_options():
+        DeepSpeedZeroConfig(**{option: value})

@@ -30,7 +30,24 @@ def test_all_end_after_the_same_batch(seed):
         thread.start()
     for thread in threads:
         thread.join()
-    assert last == [min(told.values()) + 1] * ranks
+    assert last == [min(told.values()) + 2] * ranks
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_rank_may_be_ahead_of_another_that_has_only_launched_a_batch(seed):
+    """As where batches are queued: one's collectives complete once all ranks have ended the one before."""
+    chance = random.Random(seed)
+    ranks, store = chance.randint(2, 4), dist.HashStore()
+    told = {chance.randrange(ranks): chance.randint(1, 8)}
+    endings = [Ending(dist.PrefixStore("ending", store)) for _ in range(ranks)]
+    asked, last = [0] * ranks, [0] * ranks
+    while not all(last):
+        able = [rank for rank in range(ranks) if not last[rank] and asked[rank] + 1 <= min(asked) + 2]
+        rank = chance.choice(able)
+        asked[rank] += 1
+        if endings[rank].agreed(asked[rank] >= told.get(rank, 100)):
+            last[rank] = asked[rank]
+    assert len(set(last)) == 1
 
 
 def test_nobody_ends_untold():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from memlm.parallel import folder_swap
-from memlm.parallel.folder_swap import copy, fresh_beside, link, put_in_place, recover
+from memlm.parallel.folder_swap import beside, copy, fresh_beside, link, put_in_place, recover
 
 
 def make(target, content):
@@ -51,6 +51,10 @@ def test_leftovers_of_a_kill_are_not_taken_over(tmp_path):
     (make(target, "one") / "stale").write_text("")
     put_in_place(make(target, "two"), target)
     assert [path.name for path in target.iterdir()] == ["file"]
+    beside(target).write_text("a file, of a single device that was killed")
+    put_in_place(make(target, "three"), target)
+    assert (target / "file").read_text() == "three"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_recovers_between_two_renames(tmp_path, monkeypatch):

@@ -65,3 +65,12 @@ def test_all_rows_between_groups_where_most_are_touched():
 def test_how_dense_parameters_are_split(shape, ranks, dimension, elements):
     assert split_dimension(shape, ranks) == dimension
     assert share(shape, ranks) == elements
+
+
+def test_accumulated_gradients_are_sent_once_where_they_are_kept_whole():
+    at_once = traffic(build(), Mesh(4, 2, True), 10)
+    whole = traffic(build(), Mesh(4, 2, True), 10, micro_batches=3)
+    parts = traffic(build(), Mesh(4, 2, True, whole_gradients=False), 10, micro_batches=3)
+    assert whole.dense_weights == parts.dense_weights == 3 * at_once.dense_weights
+    assert whole.dense_gradients == at_once.dense_gradients
+    assert parts.dense_gradients == 3 * at_once.dense_gradients
