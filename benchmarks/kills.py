@@ -191,7 +191,7 @@ def kill(job: Job, rank: int, asynchronous: bool, during_save: bool, chance: ran
 
 
 def differences(one: Job, other: Job) -> list[str]:
-    """Where two runs differ, in metrics and in their last checkpoints."""
+    """Where two runs differ, in metrics and in their checkpoints, the last and the best."""
     found = []
     rows = []
     for job in (one, other):
@@ -203,10 +203,12 @@ def differences(one: Job, other: Job) -> list[str]:
         for name in mine.keys() | theirs.keys():
             if not _MEASURED.search(name) and mine.get(name) != theirs.get(name):
                 found.append(f"{name} at step {mine['step']}: {mine.get(name)} and {theirs.get(name)}")
-    tensors = [_tensors(read_whole(job.last)) for job in (one, other)]
-    if tensors[0].keys() != tensors[1].keys():
-        found.append("names of tensors")
-    return found + [name for name in tensors[0] if not torch.equal(tensors[0][name], tensors[1][name])]
+    for which in ("last.ckpt", "best.ckpt"):
+        mine, theirs = (_tensors(read_whole(job.last.with_name(which))) for job in (one, other))
+        if mine.keys() != theirs.keys():
+            found.append(f"names of tensors of {which}")
+        found += [f"{name} of {which}" for name in mine if not torch.equal(mine[name], theirs[name])]
+    return found
 
 
 def _tensors(checkpoint: dict[str, Any]) -> dict[str, torch.Tensor]:

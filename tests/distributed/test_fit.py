@@ -44,12 +44,12 @@ def test_other_trainer_options(place, words, tmp_path):
     watched = ["--trainer.callbacks+=Throughput", "--trainer.callbacks+=SlotUsage"]
     other.run("fit", "one", *ONE, *words, *watched)
     other.run("fit", "two", *TWO, *words, *watched)
-    # bf16 rounds sums of other summands to other numbers.
-    tolerance = 2e-3 if "bf16-mixed" in words else 1e-5
+    # bf16 rounds sums of other summands to other numbers, by which a few of 256 slots are read or not.
+    tolerance, of_slots = (2e-3, 0.05) if "bf16-mixed" in words else (1e-5, 1e-4)
     assert other.column("two", "val/loss") == pytest.approx(other.column("one", "val/loss"), rel=tolerance)
     for column in ("memory/main/slots_read", "memory/main/slots_read_in_training"):
         expected = other.column("one", column)
-        assert other.column("two", column) == pytest.approx(expected, rel=10 * tolerance), column
+        assert other.column("two", column) == pytest.approx(expected, rel=of_slots), column
 
 
 def test_continues_on_as_many_bit_for_bit(place):
@@ -88,7 +88,10 @@ def test_measures_the_same_on_two_processes_and_one(place):
         found.append(json.loads((place.runs / "two" / "test.json").read_text()))
     assert found[0]["step"] == 12
     for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-6)
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-6)
+            assert other[name] == expected, name
 
 
 @pytest.mark.parametrize(
