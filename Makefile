@@ -12,7 +12,7 @@ test: install
 	.venv/bin/pytest -n auto
 
 slow: install
-	.venv/bin/pytest -m slow
+	.venv/bin/pytest -m 'slow and not distributed'
 
 distributed: install
 	.venv/bin/pytest -m distributed

@@ -44,7 +44,7 @@ def run(options, ranks=None):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "groups"), [(2, [2]), (4, [2, 4])])
+@pytest.mark.parametrize(("ranks", "groups"), [(2, [2]), pytest.param(4, [2, 4], marks=pytest.mark.slow)])
 def test_as_one_process(ranks, groups):
     cases = {name: case | ({"slices": ranks} if "sliced" in case else {}) for name, case in CASES.items()}
     expected, found = run({"cases": cases}), run({"groups": groups, "cases": cases}, ranks)

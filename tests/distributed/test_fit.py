@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import time
 
 import pytest
 import torch
@@ -128,21 +126,3 @@ def test_torchrun(place):
     error = process.communicate(timeout=240)[1]
     assert process.returncode == 0, error[-4000:]
     assert_equal(place.tensors("torchrun"), place.tensors("two"))
-
-
-def test_continues_after_a_kill(tmp_path):
-    other = Place(tmp_path, CONFIG)
-    often = [*TWO, "--trainer.val_check_interval", "2"]
-    other.run("fit", "whole", *often, "--trainer.max_steps", "60")
-    process = other.start(other.words("fit", "killed", *often, "--trainer.max_steps", "60"))
-    path = other.checkpoint("killed")
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    time.sleep(0.3)
-    os.killpg(process.pid, signal.SIGKILL)  # its session, and so both ranks
-    process.communicate()
-    other.run("fit", "killed", *often, "--trainer.max_steps", "60", "--ckpt_path", "last")
-    assert_equal(other.tensors("killed"), other.tensors("whole"))

@@ -41,7 +41,10 @@ def test_sums_and_rows_of_all_ranks(ranks, group):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "group"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("ranks", "group"),
+    [(2, 1), pytest.param(4, 1, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_losses_either_way(ranks, group):
     expected = json.loads(run("steps.py", {"cases": CASES}))
     for above in (0.0, 2.0):

@@ -73,7 +73,17 @@ def expected():
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("ranks", "group"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("ranks", "group"),
+    [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (4, 2),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        pytest.param(4, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_as_one_process(expected, ranks, group):
     found = run({"group": group, "cases": CASES}, ranks)
     for name, losses in expected.items():
