@@ -159,12 +159,15 @@ class MemoryAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_all()
+        return loss
+
+    def _step_all(self) -> None:
         for group in self.param_groups:
             if group["kind"] == "memory":
                 self._step_rows(group)
             else:
                 self._step_dense(group)
-        return loss
 
     @torch.no_grad()
     def settle(self) -> None:

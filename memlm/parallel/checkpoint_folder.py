@@ -182,6 +182,12 @@ def load(
 ) -> dict[str, Any]:
     """Fill a model's and its optimizers' tensors, each rank its part, from a folder or a single file.
 
+    Args:
+        path: Of the folder, or of a single device's file.
+        module: Whose parameters and buffers are filled.
+        optimizers: Whose state is filled; none for the model alone.
+        weights_only: See :func:`memlm.resume.read_checkpoint`.
+
     Returns:
         The rest of the checkpoint.
 

@@ -18,10 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from memlm.memory.exchange import Arriving
-
-# torch before 2.13 has these under their old names, of which later ones warn.
-_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-_REDUCE = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+from memlm.parallel.collectives import all_gather, reduce_scatter
 
 Collective = Callable[[Tensor], Arriving]
 
@@ -75,7 +72,7 @@ class GroupExchange:
     def _gather(self, x: Tensor) -> Arriving:
         sent = self._on_the_wire(x).contiguous()
         taken = sent.new_empty(self.size * len(x), *x.shape[1:])
-        work = getattr(dist, _GATHER)(taken, sent, group=self.group, async_op=True)
+        work = all_gather(taken, sent, self.group, async_op=True)
         return lambda: _waited(work, sent, taken).to(x.dtype)
 
     def _sum_and_scatter(self, x: Tensor) -> Arriving:
@@ -85,7 +82,7 @@ class GroupExchange:
             return lambda: blocks().unflatten(0, (self.size, -1)).sum(0, dtype=x.dtype)
         sent = x.contiguous()
         taken = x.new_empty(len(x) // self.size, *x.shape[1:])
-        work = getattr(dist, _REDUCE)(taken, sent, group=self.group, async_op=True)
+        work = reduce_scatter(taken, sent, self.group, async_op=True)
         return lambda: _waited(work, sent, taken)
 
     def _to_tokens(self, x: Tensor) -> Arriving:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from memlm.kernels.backend import select
 from memlm.kernels.interface import RowSums, slot_dtype
+from memlm.parallel.collectives import all_gather
 from memlm.parallel.group_exchange import narrowed
 from memlm.parallel.mesh import MemoryMesh
 
@@ -149,7 +150,7 @@ class RowExchange:
     def _of_all(self, own: Tensor) -> Tensor:
         """Tensors of one shape of all replicas, ``[D, ...]``."""
         taken = own.new_empty(self.replicas.size(), *own.shape)
-        dist.all_gather_into_tensor(taken.flatten(0, 1), own.contiguous(), group=self.replicas)
+        all_gather(taken.flatten(0, 1), own.contiguous(), self.replicas)
         return taken
 
     def _swapped(

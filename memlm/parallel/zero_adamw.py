@@ -1,6 +1,6 @@
 """The one optimizer that Lightning sees where ZeRO has the dense parameters."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,18 +75,12 @@ class ZeroAdamW(MemoryAdamW):
         # ZeRO divides by its own norm over this.
         self.zero.clip(max_norm * (self._norm + 1e-6) / (total + 1e-6))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters; none where a dense gradient is not a number, which ZeRO refuses."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step_all(self) -> None:
+        """None where a dense gradient is not a number, which ZeRO refuses."""
         for own, group in zip(self.adamw.param_groups, self._groups("dense"), strict=True):
             own["lr"] = group["lr"]
         if not self.zero.step():
             rank_zero_warn("a dense gradient is not finite: this step changes nothing")
-            return loss
+            return
         for group in self._groups("memory"):
             self._step_rows(group)
-        return loss

@@ -8,7 +8,6 @@ Each case is trained on the same batches, of which a rank takes every world-th r
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.distributed as dist
-from torch.utils.checkpoint import checkpoint
 
 from memlm.memory import EngramConfig, MemoryConfig, PEERConfig, TuckerConfig
 from memlm.memory.pool import values_without_memory
@@ -37,7 +35,9 @@ def train(case: dict[str, Any], group: int | None, rank: int, world: int) -> lis
     plan = CONFIGS[case.get("kind", "memory")](**case.get("memory", MEMORY))
     if case.get("tucker"):
         plan.tucker = TuckerConfig(rank=2)
-    config = TransformerConfig(16, 3, 2, feed_forward_dim=32)
+    config = TransformerConfig(
+        16, 3, 2, feed_forward_dim=32, activation_checkpointing=case.get("checkpoint", False)
+    )
     if group is None:
         model = Transformer(VOCAB, config, plan)
     else:
@@ -48,9 +48,6 @@ def train(case: dict[str, Any], group: int | None, rank: int, world: int) -> lis
         for pool in model.pools.values():
             if (above := case.get("whole_above")) is not None:
                 pool.gradient.merging.merge_whole_above = pool.gradient.merging.share_whole_above = above
-    if case.get("checkpoint"):
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     optimizer, schedule = configure(
         model.named_parameters(),
         {pool.values: pool.gradient for pool in model.pools.values()},

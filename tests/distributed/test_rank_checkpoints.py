@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from cli_runs import CONFIG as OF_RUNS
 
 from memlm.parallel.checkpoint_folder import read_whole
 
@@ -20,30 +21,8 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MEMLM_KERNELS": "reference"}
 OVERLAY = ROOT / "configs" / "parallel" / "memory_parallel.yaml"
-CONSTANT = {"schedule": {"shape": "constant"}}
-CONFIG = {
-    "trainer": {
-        "accelerator": "cpu",
-        "devices": 2,
-        "max_steps": 12,
-        "val_check_interval": 4,
-        "log_every_n_steps": 1,
-        "enable_progress_bar": False,
-    },
-    "model": {
-        "class_path": "memlm.MemoryLM",
-        "init_args": {
-            "transformer": {"dim": 16, "layers": 2, "heads": 2},
-            "memory": {"half_keys": 16, "heads": 2, "reads": 4, "key_dim": 8, "layers": [1]},
-            "optimizer": {"learning_rate": 0.005} | CONSTANT,
-            "values_optimizer": {"learning_rate": 0.01} | CONSTANT,
-        },
-    },
-    "data": {
-        "class_path": "SyntheticFacts",
-        "init_args": {"people": 40, "name_vocabulary": 20, "batch_size": 4},
-    },
-}
+# A save every 4 of 12 steps.
+CONFIG = OF_RUNS | {"trainer": OF_RUNS["trainer"] | {"devices": 2, "val_check_interval": 4}}
 ASYNCHRONOUS = ["--trainer.strategy.init_args.asynchronous_save", "true"]
 
 
